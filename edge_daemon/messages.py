@@ -1,0 +1,282 @@
+"""The records that pass between threads and over wires: frozen, plain data, no behaviour beyond conversion.
+
+``to_dict`` and ``from_dict`` are strict inverses of each other; what comes from outside is checked in ``intake``
+before it becomes a record.
+"""
+
+import base64
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Hashable, Mapping
+from enum import StrEnum
+from functools import cache
+from typing import Any, Self
+
+from edge_daemon.errors import ModelError, Rejected
+
+ANONYMOUS = "_"
+"""The ``src`` of a task whose sender gave no name."""
+
+
+class Priority(StrEnum):
+    """How soon a task is wanted. The order of the members is the order of service."""
+
+    URGENT = "urgent"
+    HIGH = "high"
+    NORMAL = "normal"
+    LOW = "low"
+
+    @property
+    def rank(self) -> int:
+        """0 for the most urgent."""
+        return _RANKS[self]
+
+
+_RANKS = {priority: rank for rank, priority in enumerate(Priority)}
+
+
+class TaskState(StrEnum):
+    """``queued -> running -> succeeded | failed | timed_out | cancelled | expired``; ``rejected`` was never queued."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    TIMED_OUT = "timed_out"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+    REJECTED = "rejected"
+
+    @property
+    def terminal(self) -> bool:
+        """Whether nothing can follow it."""
+        return self not in (TaskState.QUEUED, TaskState.RUNNING)
+
+
+class Record:
+    """Conversion to and from plain JSON data, shared by all records."""
+
+    __slots__ = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dict that ``json.dumps`` takes as it is; bytes become base64 text."""
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """The record that ``to_dict`` made ``data`` of.
+
+        Raises:
+            ValueError: a field is missing, unknown or not of its type.
+        """
+        hints = _hints(cls)  # type: ignore[arg-type]  # classes are hashable; mypy is unsure of Self
+        if unknown := set(data) - set(hints):
+            raise ValueError(f"{cls.__name__}: unknown field {min(unknown)!r}")
+        try:
+            return cls(**{name: _typed(value, hints[name]) for name, value in data.items()})
+        except TypeError as error:
+            raise ValueError(f"{cls.__name__}: {error}") from error
+
+    def to_json(self) -> str:
+        """The record as one line of compact JSON."""
+        return compact(self.to_dict())
+
+
+def compact(value: Any) -> str:
+    """JSON without spaces, with non-ASCII text as it is."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+@cache
+def _hints(cls: Hashable) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Record):
+        return value.to_dict()
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode("ascii")
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _typed(value: Any, hint: Any) -> Any:
+    """``value``, as it came from JSON, in the type of its field."""
+    if hint is Any:
+        return value
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        members = [m for m in typing.get_args(hint) if m is not type(None)]
+        return None if value is None else _typed(value, members[0])
+    if typing.get_origin(hint) is tuple:
+        return tuple(_typed(item, typing.get_args(hint)[0]) for item in value)
+    if hint is bytes:
+        return base64.b64decode(value)
+    if hint is float:
+        return float(value)
+    if isinstance(hint, type) and issubclass(hint, Record):
+        return hint.from_dict(value)
+    if isinstance(hint, type) and issubclass(hint, StrEnum):
+        return hint(value)
+    if isinstance(hint, type) and not isinstance(value, hint):
+        raise ValueError(f"{value!r} is not {hint.__name__}")
+    return value
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Message(Record):
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Task(Record):
+    """A task as it was accepted. Exactly one of ``prompt`` and ``messages`` is set."""
+
+    id: str
+    src: str = ANONYMOUS
+    prompt: str | None = None
+    messages: tuple[Message, ...] = ()
+    system: str | None = None
+    task_type: str | None = None
+    model: str
+    """The model that is to answer, as configured or asked for."""
+    model_requested: str | None = None
+    """What the sender asked for, None when it left the choice to us."""
+    priority: Priority = Priority.NORMAL
+    ttl_s: float
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    format: Any = None
+    """``"json"``, a JSON schema as a dict, or None for free text."""
+    stream: bool = False
+    preemptible: bool = True
+    plain: bool = False
+    """The sender wrote plain text and is answered in plain text."""
+    reply_to: str | None = None
+    correlation: bytes | None = None
+    meta: Any = None
+    received_at: float
+    """Wall-clock seconds since 1970; a label, never used for scheduling."""
+    max_tokens: int
+    prompt_tokens: int
+    """An estimate: a token is about four bytes of text."""
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What makes it the same task: its sender and its id."""
+        return (self.src, self.id)
+
+    def content_hash(self) -> bytes:
+        """32 bytes, equal for two submissions that ask for the same thing.
+
+        Where to answer and how long to wait are not part of what is asked: a retry may differ in both.
+        """
+        data = self.to_dict()
+        for name in _NOT_CONTENT:
+            del data[name]
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).digest()
+
+
+_NOT_CONTENT = ("id", "src", "ttl_s", "reply_to", "correlation", "received_at", "model", "max_tokens")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Failure(Record):
+    """Why a task has no answer. ``retryable``: the same task may succeed if it is sent again later."""
+
+    code: str
+    message: str
+    retryable: bool = False
+
+    @classmethod
+    def of(cls, error: Rejected | ModelError) -> Self:
+        """The failure that ``error`` stands for."""
+        return cls(code=error.code, message=str(error), retryable=error.retryable)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Result(Record):
+    """The one terminal record of a task. Durations in seconds; None means that it never came to that."""
+
+    id: str
+    src: str
+    seq: int
+    state: TaskState
+    task_type: str | None = None
+    model: str | None = None
+    """The model that answered; differs from ``model_requested`` when a default or a fallback did."""
+    model_requested: str | None = None
+    text: str | None = None
+    json: Any = None
+    error: Failure | None = None
+    done_reason: str | None = None
+    attempt: int = 0
+    queued_s: float | None = None
+    load_s: float | None = None
+    run_s: float | None = None
+    total_s: float | None = None
+    prompt_tokens: int | None = None
+    output_tokens: int | None = None
+    tokens_per_s: float | None = None
+    swapped: bool = False
+    preempted: int = 0
+    truncated: bool = False
+    meta: Any = None
+    ts: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Status(Record):
+    """Progress of a task. ``seq`` rises within a task, so that a late or repeated status can be told."""
+
+    id: str
+    src: str
+    state: TaskState
+    seq: int
+    ts: str
+    position: int | None = None
+    eta_s: float | None = None
+    attempt: int = 0
+    warnings: tuple[str, ...] = ()
+    duplicate: bool = False
+
+
+def status_seq(runs: int, state: TaskState) -> int:
+    """A number that rises over the life of a task, also over a crash: queued 1, running 2, queued again 3 ...
+
+    Args:
+        runs: how often the task has begun to run, this run included.
+        state: the state that is announced.
+    """
+    if state is TaskState.QUEUED:
+        return 2 * runs + 1
+    return 2 * runs if state is TaskState.RUNNING else 2 * runs + 2
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ModelState(Record):
+    """A model as the pool sees it."""
+
+    name: str
+    residency: str
+    """``loading``, ``resident``, ``unloading`` or ``external`` (loaded by another client of the same Ollama)."""
+    size_bytes: int
+    pinned: bool = False
+    idle_s: float | None = None
+    context_length: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Event(Record):
+    """Something worth telling: ``type`` is ``noun_verbed``, ``severity`` info, warning or error."""
+
+    type: str
+    ts: str
+    severity: str = "info"
+    data: dict[str, Any] = dataclasses.field(default_factory=dict)
