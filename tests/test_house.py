@@ -1,0 +1,221 @@
+"""The house rules of docs/design.md, read from the syntax trees: who may import whom, and what nobody does."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = "edge_daemon"
+ANY = frozenset({"any"})
+
+# Module -> the modules of our own that it may import. Arrows point one way: nothing imports upward.
+MAY_IMPORT: dict[str, frozenset[str]] = {
+    "errors": frozenset(),
+    "clock": frozenset(),
+    "systemd": frozenset(),
+    "messages": frozenset({"errors"}),
+    "config": frozenset({"errors"}),
+    "scheduler": frozenset({"messages"}),
+    "ollama": frozenset({"messages", "errors"}),
+    "telemetry": frozenset({"messages", "errors"}),
+    "logger": frozenset({"messages", "errors", "clock"}),
+    "intake": frozenset({"messages", "errors", "config"}),
+    "store": frozenset({"scheduler", "messages", "errors", "clock"}),
+    "model_pool": frozenset({"ollama", "scheduler", "messages", "errors", "clock"}),
+    "worker": frozenset(
+        {"store", "scheduler", "model_pool", "ollama", "logger", "telemetry", "config"}
+        | {"messages", "errors", "clock"}
+    ),
+    "mqtt_bridge": frozenset({"config", "messages", "errors", "clock"}),
+    "http_gateway": frozenset({"config", "messages", "errors", "clock"}),
+    "embedded": frozenset({"embedded", "errors"}),
+    "main": ANY,
+    "cli": ANY,
+    "__main__": frozenset({"cli"}),
+    "__init__": frozenset(),
+}
+
+# Only these may know that this one exists: it runs as processes of its own.
+MAY_IMPORT_EMBEDDED = {"embedded", "main", "cli"}
+
+# Outside library -> the one module that may import it. To replace a library is to replace a file.
+OWNS = {
+    "paho": "mqtt_bridge",
+    "requests": "ollama",
+    "urllib3": "ollama",
+    "psutil": "telemetry",
+    "yaml": "config",
+    "sqlite3": "store",
+    "amqtt": "embedded",
+    "xllamacpp": "embedded",
+}
+
+# An import inside a function is for a command's own needs, or for an extra that may not be installed.
+MAY_IMPORT_LATE = {"cli", "embedded"}
+
+BANNED_CALLS = {"eval", "exec", "yaml.load", "yaml.unsafe_load", "os.system"}
+BANNED_ARGUMENTS = {"shell": True, "verify": False}
+BANNED_LIBRARIES = {"pickle", "marshal", "shelve"}
+BANNED_NAMES = {"utils", "util", "base", "helpers", "common", "misc"}
+
+
+def module_of(path: Path) -> str:
+    """The name by which the tables know a file: its stem, or `embedded` for all of that package."""
+    inside = path.relative_to(ROOT / PACKAGE)
+    return inside.parts[0] if len(inside.parts) > 1 else inside.stem
+
+
+SOURCES = sorted((ROOT / PACKAGE).rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_module_keeps_the_rules(path: Path) -> None:
+    """Every module imports only what the tables allow it, and does nothing that is banned."""
+    module = module_of(path)
+    assert module in MAY_IMPORT, f"add {module} to MAY_IMPORT in tests/test_house.py: what may it import?"
+    assert not BANNED_NAMES & {path.stem, module}, f"{path.stem} says nothing about what is in it"
+    assert list(broken_rules(module, path.read_text(encoding="utf-8"))) == []
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_tests_wait_for_conditions(path: Path) -> None:
+    """No test sleeps: it waits for a condition with a deadline, as `tests/waiting.py` does."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert [call for call in calls(tree) if call.endswith("time.sleep") or call == "sleep"] == []
+
+
+def test_arrows_point_one_way() -> None:
+    """The table itself has no circle, and names no module that it does not also describe."""
+    below: dict[str, frozenset[str]] = {
+        module: frozenset() if allowed is ANY else allowed - {module} for module, allowed in MAY_IMPORT.items()
+    }
+    while below:
+        free = {module for module, allowed in below.items() if not allowed & set(below)}
+        assert free, f"a circle among {sorted(below)}"
+        below = {module: allowed for module, allowed in below.items() if module not in free}
+    assert frozenset().union(*(a for a in MAY_IMPORT.values() if a is not ANY)) <= set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "complaint"),
+    [
+        ("scheduler", "import requests", "belongs to ollama"),
+        ("scheduler", "from requests.adapters import HTTPAdapter", "belongs to ollama"),
+        ("messages", "import edge_daemon.store", "may not import store"),
+        ("messages", "from edge_daemon.store import Store", "may not import store"),
+        ("messages", "from edge_daemon import store", "may not import store"),
+        ("worker", "from edge_daemon.embedded import broker", "may not import embedded"),
+        ("store", "from . import errors", "relative import"),
+        ("store", "def f():\n    import json", "import inside a function"),
+        ("store", "import pickle", "pickle is banned"),
+        ("config", "import yaml\nyaml.load(text)", "yaml.load() is banned"),
+        ("store", "eval('1')", "eval() is banned"),
+        ("cli", "run(x, shell=True)", "shell=True is banned"),
+        ("ollama", "get(url, verify=False)", "verify=False is banned"),
+        ("store", "cache = {}", "state at module level: cache"),
+        ("store", "cache: dict = {}", "state at module level: cache"),
+        ("store", "def f():\n    global X\n    X = 1", "global X"),
+    ],
+)
+def test_a_broken_rule_is_seen(module: str, source: str, complaint: str) -> None:
+    """Each rule finds the code that breaks it."""
+    assert any(complaint in found for found in broken_rules(module, source))
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("store", "import sqlite3\nfrom edge_daemon.errors import StoreError\nlog = getLogger()\nLIMIT = 3"),
+        ("store", "from edge_daemon import __version__\n__all__ = ['Store']\nRow = tuple[int, str]"),
+        ("cli", "def report():\n    from edge_daemon.logger import CsvLog"),
+        ("main", "from edge_daemon.embedded import broker"),
+        ("ollama", "get(url, verify=True)"),
+    ],
+)
+def test_good_code_passes(module: str, source: str) -> None:
+    """What the rules allow is not complained about."""
+    assert list(broken_rules(module, source)) == []
+
+
+def broken_rules(module: str, source: str) -> Iterator[str]:
+    """One sentence for each place where `source`, as the text of `module`, breaks a rule."""
+    tree = ast.parse(source)
+    for imported in imports(tree):
+        yield from broken_import(module, imported)
+    yield from (f"{call}() is banned" for call in calls(tree) if call in BANNED_CALLS)
+    yield from banned_arguments(tree)
+    yield from (f"state at module level: {name}" for name in module_state(tree))
+    yield from (f"global {name}" for node in ast.walk(tree) if isinstance(node, ast.Global) for name in node.names)
+    yield from ("relative import" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level)
+    if module not in MAY_IMPORT_LATE and any(late_imports(tree)):
+        yield "import inside a function"
+
+
+def broken_import(module: str, imported: str) -> Iterator[str]:
+    """What is wrong with `module` importing the dotted name `imported`, if anything."""
+    library, _, rest = imported.partition(".")
+    if library in BANNED_LIBRARIES:
+        yield f"{library} is banned"
+    if OWNS.get(library, module) != module:
+        yield f"{library} belongs to {OWNS[library]}"
+    own = rest.split(".")[0]
+    if library == PACKAGE and is_module(own) and not may_import(module, own):
+        yield f"{module} may not import {own}"
+
+
+def may_import(module: str, own: str) -> bool:
+    """Whether the table has an arrow from `module` to `own`."""
+    if own == "embedded" and module not in MAY_IMPORT_EMBEDDED:
+        return False
+    return MAY_IMPORT[module] is ANY or own in MAY_IMPORT[module]
+
+
+def is_module(name: str) -> bool:
+    """Whether `name` is one of our modules, not a thing inside the package such as `__version__`."""
+    return name in MAY_IMPORT or (ROOT / PACKAGE / f"{name}.py").exists()
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """The dotted name of everything imported, `from a import b` as `a.b`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def late_imports(tree: ast.AST) -> Iterator[ast.AST]:
+    """Imports that are inside a function."""
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield from (node for node in ast.walk(function) if isinstance(node, ast.Import | ast.ImportFrom))
+
+
+def calls(tree: ast.AST) -> Iterator[str]:
+    """What is called, as it is written: `time.sleep`, `eval`."""
+    return (ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call))
+
+
+def banned_arguments(tree: ast.AST) -> Iterator[str]:
+    """Arguments that open a hole."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.keyword) and isinstance(node.value, ast.Constant) and node.arg is not None:
+            value = node.value.value
+            if isinstance(value, bool) and BANNED_ARGUMENTS.get(node.arg) is value:
+                yield f"{node.arg}={value} is banned"
+
+
+def module_state(tree: ast.Module) -> Iterator[str]:
+    """Names bound at module level that are neither constants, types, dunders nor the logger."""
+    for node in tree.body:
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        if isinstance(node, ast.AnnAssign):
+            targets = [node.target]
+        for target in targets:
+            name = ast.unparse(target)
+            is_constant = name.lstrip("_")[:1].isupper()
+            if not is_constant and name != "log" and not name.startswith("__"):
+                yield name
