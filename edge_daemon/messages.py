@@ -136,6 +136,17 @@ class Message(Record):
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Address:
+    """Where answers to a task go, and in which form."""
+
+    src: str
+    id: str
+    plain: bool = False
+    reply_to: str | None = None
+    correlation: bytes | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Task(Record):
     """A task as it was accepted. Exactly one of ``prompt`` and ``messages`` is set."""
 
@@ -166,6 +177,11 @@ class Task(Record):
     max_tokens: int
     prompt_tokens: int
     """An estimate: a token is about four bytes of text."""
+
+    @property
+    def address(self) -> Address:
+        """Where its answers go."""
+        return Address(src=self.src, id=self.id, plain=self.plain, reply_to=self.reply_to, correlation=self.correlation)
 
     @property
     def key(self) -> tuple[str, str]:
@@ -280,3 +296,40 @@ class Event(Record):
     ts: str
     severity: str = "info"
     data: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Submission:
+    """A task on its way in. ``own_id``: its sender chose the id; ``redelivered``: the broker sends it again."""
+
+    task: Task
+    own_id: bool = True
+    redelivered: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """One task with all that the store knows of it."""
+
+    seq: int
+    task: Task
+    state: TaskState
+    attempt: int
+    preempted: int
+    accepted_at: float
+    partial: str
+    result: Result | None
+
+    @property
+    def runs(self) -> int:
+        """How often it has begun to run, for ``status_seq``."""
+        return self.attempt + self.preempted
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Added:
+    """What became of a submission: ``new``, ``known`` (same content), ``conflict`` (other content) or ``full``."""
+
+    outcome: str
+    stored: Stored | None = None
+    position: int | None = None

@@ -21,7 +21,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "ollama": frozenset({"messages", "errors"}),
     "telemetry": frozenset({"messages", "errors"}),
     "logger": frozenset({"messages", "errors", "clock"}),
-    "intake": frozenset({"messages", "errors", "config"}),
+    "intake": frozenset({"messages", "errors", "config", "clock"}),
     "store": frozenset({"scheduler", "messages", "errors", "clock"}),
     "model_pool": frozenset({"ollama", "scheduler", "messages", "errors", "clock"}),
     "worker": frozenset(

@@ -1,0 +1,586 @@
+"""The durable queue and outbox: one SQLite file, one connection, one lock.
+
+A task is a row from its acceptance until its retention ends; states change, rows are never moved. What is committed
+survives ``kill -9`` and a power cut (WAL with ``synchronous=FULL``). The waiting tasks are also indexed in memory, so
+that a decision costs the same with ten tasks queued as with a hundred thousand.
+
+Times are seconds of ``Clock.monotonic`` in the boot that ``boot_id`` names; they are carried over at the next boot.
+"""
+
+import contextlib
+import heapq
+import json
+import logging
+import sqlite3
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from edge_daemon.clock import Clock
+from edge_daemon.errors import StorageFull, StoreError, StoreTooNew
+from edge_daemon.messages import Added, Priority, Result, Stored, Submission, Task, TaskState, compact
+
+log = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 1
+SCHEMA = """
+CREATE TABLE tasks (
+    seq         INTEGER PRIMARY KEY,        -- order of acceptance
+    src         TEXT NOT NULL,
+    id          TEXT NOT NULL,
+    hash        BLOB NOT NULL,              -- Task.content_hash
+    state       TEXT NOT NULL,
+    attempt     INTEGER NOT NULL DEFAULT 0, -- counted when an attempt begins, so that kills count too
+    preempted   INTEGER NOT NULL DEFAULT 0,
+    boot_id     TEXT NOT NULL,
+    accepted_at REAL NOT NULL,              -- monotonic seconds of that boot
+    synced      INTEGER NOT NULL,           -- whether the wall clock was right then
+    unacked     INTEGER NOT NULL,           -- 1: no id of its sender's, and its PUBACK is not known to be out
+    task        TEXT NOT NULL,              -- Task.to_json
+    partial     TEXT NOT NULL DEFAULT '',   -- the text of an interrupted generation
+    result      TEXT,                       -- Result.to_json, once terminal
+    finished_at REAL,                       -- wall clock
+    sent        INTEGER NOT NULL DEFAULT 0, -- 1: its result is confirmed by the broker, 2: set aside as undeliverable
+    logged      INTEGER NOT NULL DEFAULT 0  -- 1: its CSV row is on the disk
+);
+CREATE UNIQUE INDEX tasks_by_key ON tasks (src, id);
+CREATE INDEX tasks_open ON tasks (seq) WHERE result IS NULL;
+CREATE INDEX tasks_unsent ON tasks (seq) WHERE result IS NOT NULL AND sent = 0;
+CREATE INDEX tasks_unlogged ON tasks (seq) WHERE result IS NOT NULL AND logged = 0;
+CREATE INDEX tasks_unacked ON tasks (hash) WHERE unacked = 1;
+CREATE INDEX tasks_finished ON tasks (finished_at) WHERE finished_at IS NOT NULL;
+CREATE TABLE learnt (model TEXT PRIMARY KEY, facts TEXT NOT NULL) WITHOUT ROWID;
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Waiting:
+    """The oldest waiting task of one class, and the number of tasks in that class."""
+
+    seq: int
+    model: str
+    priority: Priority
+    task_type: str | None
+    prompt_tokens: int
+    max_tokens: int
+    accepted_at: float
+    expires_at: float
+    count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Bounds of the queue; ``urgent_reserve`` of ``max_tasks`` are places that only urgent tasks may take."""
+
+    max_tasks: int = 10_000
+    max_bytes: int = 268_435_456
+    urgent_reserve: int = 100
+    retention_s: float = 604_800.0
+
+
+class Store:
+    """All state that must survive. Every method may be called from any thread.
+
+    Raises:
+        StoreTooNew: the file was written by a later version.
+        StorageFull: nothing was changed, because the disk is full.
+        StoreError: any other failure of the file; nothing was changed.
+    """
+
+    def __init__(self, path: Path, *, clock: Clock, limits: Limits | None = None) -> None:
+        self._path = path
+        self._clock = clock
+        self._boot_id = clock.boot_id()
+        self._limits = limits or Limits()
+        self._lock = threading.RLock()  # guards everything below
+        self._db = _open(path)
+        self._ready = _ReadyIndex()
+        self._bytes: dict[int, int] = {}  # size of each open task
+        self._open_bytes = 0
+        # Marks that may be lost: a crash then costs one repetition, not a task. They ride on the next commit.
+        self._marks: dict[str, set[int]] = {"sent": set(), "logged": set(), "acked": set()}
+        self._before_boot: set[int] = set()  # accepted in an earlier boot, time switched off not yet counted
+        with self._guard():
+            self._recover()
+
+    # -- intake
+
+    def add_many(self, submissions: Sequence[Submission]) -> list[Added]:
+        """Commit a group of tasks with one fsync. The answers are in the order of ``submissions``."""
+        added: list[int] = []
+        with self._lock:
+            try:
+                with self._transaction():
+                    return [self._add(submission, added) for submission in submissions]
+            except BaseException:
+                for seq in added:
+                    self._forget(seq)
+                raise
+
+    def _add(self, submission: Submission, added: list[int]) -> Added:
+        task, digest = submission.task, submission.task.content_hash()
+        if submission.redelivered and not submission.own_id:
+            twin = self._row("hash = ? AND unacked = 1 AND src = ?", (digest, task.src))
+            if twin:
+                return Added(outcome="known", stored=twin)
+        if known := self._row("src = ? AND id = ?", task.key):
+            return self._known(known, task, digest)
+        text = task.to_json()
+        size = len(text.encode())
+        if self._full(task.priority, size):
+            return Added(outcome="full")
+        now = self._clock.monotonic()
+        seq = self._insert(submission, digest, text, now)
+        stored = Stored(
+            seq=seq, task=task, state=TaskState.QUEUED, attempt=0, preempted=0, accepted_at=now, partial="", result=None
+        )
+        self._remember(stored, size)
+        added.append(seq)
+        return Added(outcome="new", stored=stored, position=self._ready.position(task.priority))
+
+    def _insert(self, submission: Submission, digest: bytes, text: str, now: float) -> int:
+        task = submission.task
+        cursor = self._db.execute(
+            "INSERT INTO tasks (src, id, hash, state, boot_id, accepted_at, synced, unacked, task)"
+            " VALUES (?, ?, ?, 'queued', ?, ?, ?, ?, ?)",
+            (*task.key, digest, self._boot_id, now, self._clock.synced(), not submission.own_id, text),
+        )
+        return int(cursor.lastrowid or 0)
+
+    def _known(self, known: Stored, task: Task, digest: bytes) -> Added:
+        (stored_hash,) = self._db.execute("SELECT hash FROM tasks WHERE seq = ?", (known.seq,)).fetchone()
+        if stored_hash != digest:
+            return Added(outcome="conflict", stored=known)
+        if (task.reply_to, task.correlation) != (known.task.reply_to, known.task.correlation):
+            # The sender asks again from elsewhere: the answer goes where it listens now.
+            moved = replace(known.task, reply_to=task.reply_to, correlation=task.correlation)
+            known = replace(known, task=moved)
+            self._db.execute("UPDATE tasks SET task = ? WHERE seq = ?", (moved.to_json(), known.seq))
+        if known.result is not None:
+            self._marks["sent"].discard(known.seq)
+            self._db.execute("UPDATE tasks SET sent = 0 WHERE seq = ?", (known.seq,))
+        return Added(outcome="known", stored=known)
+
+    def _full(self, priority: Priority, size: int) -> bool:
+        reserve = 0 if priority is Priority.URGENT else self._limits.urgent_reserve
+        too_many = len(self._bytes) >= self._limits.max_tasks - reserve
+        return too_many or self._open_bytes + size > self._limits.max_bytes
+
+    def mark_acked(self, seqs: Iterable[int]) -> None:
+        """The PUBACK of these tasks is out: an equal text from now on is another task."""
+        self._mark("acked", seqs)
+
+    # -- the worker's side
+
+    def heads(self) -> tuple[Waiting, ...]:
+        """The oldest waiting task of each class (model, priority, size), in no particular order."""
+        with self._lock:
+            return self._ready.heads()
+
+    def claim(self, seq: int, *, resumed: bool = False) -> Stored | None:
+        """Begin an attempt: the task is ``running`` and the attempt is counted, before it starts.
+
+        Returns None when the task is no longer waiting (cancelled or expired meanwhile).
+        """
+        count = "preempted" if resumed else "attempt"
+        with self._lock:
+            if seq not in self._ready:
+                return None
+            with self._transaction():
+                self._db.execute(
+                    f"UPDATE tasks SET state = 'running', {count} = {count} + 1 WHERE seq = ?",  # noqa: S608
+                    (seq,),
+                )
+            self._ready.discard(seq)
+            return self._row("seq = ?", (seq,))
+
+    def release(self, seq: int, *, partial: str = "", forgive: bool = False) -> None:
+        """Set a running task back to waiting, in its old place.
+
+        Args:
+            seq: the task.
+            partial: the text so far, to continue from.
+            forgive: do not count the attempt (we stopped it, it did not fail).
+        """
+        with self._lock:
+            with self._transaction():
+                self._db.execute(
+                    "UPDATE tasks SET state = 'queued', partial = ?, attempt = attempt - ?"
+                    " WHERE seq = ? AND result IS NULL",
+                    (partial, forgive, seq),
+                )
+            if (stored := self._row("seq = ?", (seq,))) and stored.result is None:
+                self._ready.add(stored)
+
+    def finish(self, seq: int, result: Result) -> bool:
+        """End a task: its one terminal record is stored, to be sent and logged. False when it has ended already."""
+        with self._lock:
+            with self._transaction():
+                cursor = self._db.execute(
+                    "UPDATE tasks SET state = ?, result = ?, finished_at = ?, partial = ''"
+                    " WHERE seq = ? AND result IS NULL",
+                    (result.state.value, result.to_json(), self._clock.wall(), seq),
+                )
+            self._forget(seq)
+            return cursor.rowcount == 1
+
+    def expired(self) -> list[Stored]:
+        """Waiting tasks whose time to live has passed; the caller finishes them."""
+        with self._lock:
+            if self._before_boot and self._clock.synced():
+                self._count_time_off()
+            return [s for seq in self._ready.expired(self._clock.monotonic()) if (s := self._row("seq = ?", (seq,)))]
+
+    def next_expiry(self) -> float | None:
+        """The monotonic time at which the next waiting task expires, None when none waits."""
+        with self._lock:
+            return self._ready.next_expiry()
+
+    # -- looking up
+
+    def find(self, src: str, task_id: str) -> Stored | None:
+        """The task of this sender with this id."""
+        with self._lock:
+            return self._row("src = ? AND id = ?", (src, task_id))
+
+    def find_open(self, task_id: str) -> list[Stored]:
+        """Every unfinished task with this id, whoever sent it."""
+        with self._lock:
+            return list(self._rows("result IS NULL AND id = ? ORDER BY seq", (task_id,)))
+
+    def depth(self) -> dict[Priority, int]:
+        """The number of waiting tasks by priority."""
+        with self._lock:
+            return self._ready.depth()
+
+    def open_count(self) -> int:
+        """Tasks that wait or run."""
+        with self._lock:
+            return len(self._bytes)
+
+    # -- the outbox
+
+    def unsent(self, limit: int, *, skip: Iterable[int] = ()) -> list[Stored]:
+        """Up to ``limit`` finished tasks whose result is not confirmed by the broker, oldest first."""
+        with self._lock:
+            passed = set(skip) | self._marks["sent"]
+            rows = self._rows("result IS NOT NULL AND sent = 0 ORDER BY seq LIMIT ?", (limit + len(passed),))
+            return [stored for stored in rows if stored.seq not in passed][:limit]
+
+    def unsent_count(self) -> int:
+        """How many results wait to be delivered."""
+        with self._lock:
+            (count,) = self._db.execute("SELECT count(*) FROM tasks WHERE result IS NOT NULL AND sent = 0").fetchone()
+            return int(count) - len(self._marks["sent"])
+
+    def mark_sent(self, seq: int) -> None:
+        """The broker has confirmed this result."""
+        self._mark("sent", (seq,))
+
+    def set_aside(self, seq: int) -> None:
+        """This result cannot be delivered; it stays readable in the store and the log."""
+        with self._lock, self._transaction():
+            self._db.execute("UPDATE tasks SET sent = 2 WHERE seq = ?", (seq,))
+
+    # -- the CSV log
+
+    def unlogged(self) -> list[Stored]:
+        """Finished tasks without a row on the disk, as far as is known."""
+        with self._lock:
+            rows = self._rows("result IS NOT NULL AND logged = 0 ORDER BY seq", ())
+            return [stored for stored in rows if stored.seq not in self._marks["logged"]]
+
+    def mark_logged(self, seqs: Iterable[int]) -> None:
+        """The rows of these tasks are on the disk."""
+        self._mark("logged", seqs)
+
+    # -- what was learnt of models
+
+    def learnt(self) -> dict[str, dict[str, Any]]:
+        """Facts by model name, as ``learn`` stored them."""
+        with self._lock:
+            return {model: json.loads(facts) for model, facts in self._db.execute("SELECT model, facts FROM learnt")}
+
+    def learn(self, model: str, facts: dict[str, Any]) -> None:
+        """Replace the facts of one model."""
+        with self._lock, self._transaction():
+            self._db.execute("INSERT OR REPLACE INTO learnt (model, facts) VALUES (?, ?)", (model, compact(facts)))
+
+    # -- housekeeping
+
+    def flush(self) -> None:
+        """Commit the marks that wait for company."""
+        with self._lock:
+            if any(self._marks.values()):
+                with self._transaction():
+                    pass
+
+    def prune(self) -> int:
+        """Delete what was sent, logged and kept for ``retention_s``. Returns the number of tasks deleted.
+
+        The newest row stays, because its ``seq`` must never be given again.
+        """
+        oldest = self._clock.wall() - self._limits.retention_s
+        with self._lock:
+            due = "finished_at < ? AND sent != 0 AND logged = 1 AND seq < (SELECT max(seq) FROM tasks)"
+            if not self._db.execute(f"SELECT 1 FROM tasks WHERE {due} LIMIT 1", (oldest,)).fetchone():  # noqa: S608
+                return 0
+            with self._transaction():
+                return self._db.execute(f"DELETE FROM tasks WHERE {due}", (oldest,)).rowcount  # noqa: S608
+
+    def close(self) -> None:
+        """Commit what waits and fold the write-ahead log into the file."""
+        with self._lock:
+            self.flush()
+            with contextlib.suppress(sqlite3.Error):
+                self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            self._db.close()
+
+    # -- inside
+
+    def _mark(self, kind: str, seqs: Iterable[int]) -> None:
+        with self._lock:
+            self._marks[kind].update(seqs)
+
+    def _write_marks(self) -> None:
+        columns = {"sent": "sent = 1", "logged": "logged = 1", "acked": "unacked = 0"}
+        for kind, seqs in self._marks.items():
+            statement = f"UPDATE tasks SET {columns[kind]} WHERE seq = ?"  # noqa: S608
+            self._db.executemany(statement, [(seq,) for seq in seqs])
+
+    @contextlib.contextmanager
+    def _guard(self) -> Iterator[None]:
+        """Errors of SQLite as ours."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            kind = StorageFull if error.sqlite_errorcode == sqlite3.SQLITE_FULL else StoreError
+            raise kind(f"{self._path}: {error}") from error
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """All or nothing. The caller holds the lock."""
+        with self._guard():
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                self._write_marks()
+                yield
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
+        for seqs in self._marks.values():
+            seqs.clear()
+
+    def _row(self, where: str, values: tuple[object, ...]) -> Stored | None:
+        return next(self._rows(f"{where} LIMIT 1", values), None)
+
+    def _rows(self, where: str, values: tuple[object, ...]) -> Iterator[Stored]:
+        with self._guard():
+            cursor = self._db.execute(
+                "SELECT seq, task, state, attempt, preempted, accepted_at, partial, result"  # noqa: S608
+                f" FROM tasks WHERE {where}",
+                values,
+            )
+            yield from map(_stored_from_row, cursor)
+
+    def _remember(self, stored: Stored, size: int) -> None:
+        self._ready.add(stored)
+        self._bytes[stored.seq] = size
+        self._open_bytes += size
+
+    def _forget(self, seq: int) -> None:
+        self._ready.discard(seq)
+        self._open_bytes -= self._bytes.pop(seq, 0)
+        self._before_boot.discard(seq)
+
+    def _recover(self) -> None:
+        """Carry open tasks over from before: what ran waits again, with its attempt counted."""
+        earlier = "SELECT 1 FROM tasks WHERE result IS NULL AND boot_id != ? LIMIT 1"
+        if self._db.execute(earlier, (self._boot_id,)).fetchone():
+            self._carry_over()
+        if self._db.execute("SELECT 1 FROM tasks WHERE result IS NULL AND state = 'running' LIMIT 1").fetchone():
+            with self._transaction():
+                self._db.execute("UPDATE tasks SET state = 'queued' WHERE result IS NULL AND state = 'running'")
+        for stored in self._rows("result IS NULL ORDER BY seq", ()):
+            self._remember(stored, len(stored.task.to_json().encode()))
+
+    def _carry_over(self) -> None:
+        """Express waiting times of earlier boots in this boot's clock, as far as the machine was seen to be on."""
+        now = self._clock.monotonic()
+        last_seen = dict(self._db.execute("SELECT boot_id, max(accepted_at) FROM tasks GROUP BY boot_id"))
+        rows = self._db.execute(
+            "SELECT seq, boot_id, accepted_at, synced FROM tasks WHERE result IS NULL AND boot_id != ?",
+            (self._boot_id,),
+        ).fetchall()
+        with self._transaction():
+            for seq, row_boot, accepted_at, synced in rows:
+                waited = last_seen[row_boot] - accepted_at
+                self._db.execute(
+                    "UPDATE tasks SET boot_id = ?, accepted_at = ? WHERE seq = ?", (self._boot_id, now - waited, seq)
+                )
+                if synced:
+                    self._before_boot.add(seq)
+
+    def _count_time_off(self) -> None:
+        """The wall clock is right now: the time that the machine was off counts after all."""
+        now, wall = self._clock.monotonic(), self._clock.wall()
+        carried = [stored for seq in self._before_boot if (stored := self._row("seq = ?", (seq,)))]
+        with self._transaction():
+            for stored in carried:
+                accepted_at = min(stored.accepted_at, now - (wall - stored.task.received_at))
+                self._db.execute("UPDATE tasks SET accepted_at = ? WHERE seq = ?", (accepted_at, stored.seq))
+                if stored.seq in self._ready:
+                    self._ready.discard(stored.seq)
+                    self._ready.add(replace(stored, accepted_at=accepted_at))
+        self._before_boot.clear()
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    """The database, created or checked; a file that is no database is set aside and a new one begun."""
+    try:
+        return _prepared(path)
+    except sqlite3.DatabaseError as error:
+        if error.sqlite_errorcode not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            raise StoreError(f"{path}: {error}") from error
+        aside = _set_aside(path)
+        log.error("the queue file was damaged (%s): moved to %s, starting with an empty queue", error, aside)  # noqa: TRY400
+        return _prepared(path)
+
+
+def _prepared(path: Path) -> sqlite3.Connection:
+    db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    try:
+        # One process owns the file: SQLite before 3.51.3 can corrupt a WAL that two connections write.
+        db.execute("PRAGMA locking_mode = EXCLUSIVE")
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = FULL")  # NORMAL may lose a commit in a power cut
+        db.execute("PRAGMA journal_size_limit = 4194304")
+        (version,) = db.execute("PRAGMA user_version").fetchone()
+        if version > SCHEMA_VERSION:
+            raise StoreTooNew(f"{path}: written by a later version of edge-llm (schema {version}); install that one")
+        if version == 0:
+            db.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+        (verdict,) = db.execute("PRAGMA quick_check(1)").fetchone()
+        if verdict != "ok":
+            raise _damaged(verdict)
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def _damaged(verdict: str) -> sqlite3.DatabaseError:
+    error = sqlite3.DatabaseError(verdict)
+    error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+    return error
+
+
+def _set_aside(path: Path) -> Path:
+    """Rename the file and its companions; nothing is deleted."""
+    number = next(n for n in range(1, 1_000_000) if not path.with_name(f"{path.name}.corrupt-{n}").exists())
+    for suffix in ("", "-wal", "-shm"):
+        companion = path.with_name(path.name + suffix)
+        if companion.exists():
+            companion.rename(path.with_name(f"{path.name}.corrupt-{number}{suffix}"))
+    return path.with_name(f"{path.name}.corrupt-{number}")
+
+
+def _stored_from_row(row: tuple[Any, ...]) -> Stored:
+    """The only place that turns a row into a record."""
+    seq, task, state, attempt, preempted, accepted_at, partial, result = row
+    return Stored(
+        seq=seq,
+        task=Task.from_dict(json.loads(task)),
+        state=TaskState(state),
+        attempt=attempt,
+        preempted=preempted,
+        accepted_at=accepted_at,
+        partial=partial,
+        result=Result.from_dict(json.loads(result)) if result else None,
+    )
+
+
+ClassKey = tuple[str, Priority, int]
+
+
+class _ReadyIndex:
+    """The waiting tasks in memory, by class; everything costs at most O(log n)."""
+
+    def __init__(self) -> None:
+        self._live: dict[int, tuple[ClassKey, Waiting]] = {}
+        self._heaps: dict[ClassKey, list[int]] = {}  # may hold tasks that no longer wait; skipped when met
+        self._counts: Counter[ClassKey] = Counter()
+        self._expiries: list[tuple[float, int]] = []  # the same
+
+    def __contains__(self, seq: int) -> bool:
+        return seq in self._live
+
+    def add(self, stored: Stored) -> None:
+        task = stored.task
+        # Tasks whose work differs by less than a factor of two are alike to the scheduler.
+        work = task.prompt_tokens // 8 + task.max_tokens
+        key = (task.model, task.priority, work.bit_length())
+        entry = Waiting(
+            seq=stored.seq,
+            model=task.model,
+            priority=task.priority,
+            task_type=task.task_type,
+            prompt_tokens=task.prompt_tokens,
+            max_tokens=task.max_tokens,
+            accepted_at=stored.accepted_at,
+            expires_at=stored.accepted_at + task.ttl_s,
+            count=0,
+        )
+        self._live[stored.seq] = (key, entry)
+        self._counts[key] += 1
+        heapq.heappush(self._heaps.setdefault(key, []), stored.seq)
+        heapq.heappush(self._expiries, (entry.expires_at, stored.seq))
+
+    def discard(self, seq: int) -> None:
+        if seq not in self._live:
+            return
+        key, _ = self._live.pop(seq)
+        self._counts[key] -= 1
+        if not self._counts[key]:
+            del self._counts[key], self._heaps[key]
+
+    def heads(self) -> tuple[Waiting, ...]:
+        return tuple(replace(self._head(key), count=count) for key, count in self._counts.items())
+
+    def _head(self, key: ClassKey) -> Waiting:
+        heap = self._heaps[key]
+        while heap[0] not in self._live or self._live[heap[0]][0] != key:
+            heapq.heappop(heap)
+        return self._live[heap[0]][1]
+
+    def position(self, priority: Priority) -> int:
+        """The place of the newest task of ``priority``: how many wait that may go before it, itself included."""
+        return sum(count for key, count in self._counts.items() if key[1].rank <= priority.rank)
+
+    def depth(self) -> dict[Priority, int]:
+        depth = dict.fromkeys(Priority, 0)
+        for (_, priority, _), count in self._counts.items():
+            depth[priority] += count
+        return depth
+
+    def next_expiry(self) -> float | None:
+        while self._expiries:
+            at, seq = self._expiries[0]
+            if seq in self._live and self._live[seq][1].expires_at == at:
+                return at
+            heapq.heappop(self._expiries)
+        return None
+
+    def expired(self, now: float) -> list[int]:
+        """Waiting tasks whose time has passed; they stay in the index until they are discarded."""
+        due: set[int] = set()
+        while (at := self.next_expiry()) is not None and at <= now:
+            due.add(heapq.heappop(self._expiries)[1])
+        for seq in due:
+            heapq.heappush(self._expiries, (self._live[seq][1].expires_at, seq))
+        return sorted(due)
