@@ -67,6 +67,8 @@ class ModelError(EdgeError):
 
     code: ClassVar[str] = "model_error"
     retryable: ClassVar[bool] = False
+    partial: str = ""
+    """The text that came before the failure."""
 
 
 class OllamaDown(ModelError):
