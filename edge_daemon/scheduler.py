@@ -1,13 +1,35 @@
 """Which task next, and which models to unload for it.
 
 ``choose`` is a pure function of a ``View``: no clock, no log, no I/O. The same view gives the same decision, which is
-what lets the simulator in ``benchmarks/`` drive the product's own scheduler.
+what lets the simulator in ``benchmarks/`` drive the product's own scheduler. What must be remembered from one decision
+to the next is a ``Turn``, and ``advance`` makes the next one.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 from edge_daemon.messages import Priority
+
+RATE_WINDOW_S = 600.0
+"""How long an arrival counts towards the rate of its model, in the mean."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """What a person may set (``scheduler`` in config.yaml)."""
+
+    soft_wait_s: Mapping[Priority, float] = field(
+        default_factory=lambda: {Priority.HIGH: 60.0, Priority.NORMAL: 300.0, Priority.LOW: 1800.0}
+    )
+    """After this wait a task is overdue. Urgent tasks never are: they go first anyway."""
+    urgent_swap_share: float = 0.25
+    """The share of time that may go into loads for urgent tasks."""
+    urgent_burst_s: float = 60.0
+    """How much of that share can be saved up."""
+    quantum_loads: float = 8.0
+    """An overdue task of another model waits until the current one has worked this many times its load time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +55,8 @@ class Cost:
     size_bytes: int
     run_s: float
     """Mean seconds of one task."""
+    rate_per_s: float = 0.0
+    """How often a task for it arrives, lately; see ``decayed_rate``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,10 +71,18 @@ class Resident:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
-    """The model that ran last, and the seconds of service it has had since it was switched to."""
+    """What the past means for the next decision. The first one is made by ``advance(None, ...)``."""
 
     model: str
+    """The model that ran last."""
     used_s: float
+    """Seconds of service since it was switched to."""
+    picks: int = 0
+    """Tasks run in this turn."""
+    recent: tuple[str, ...] = ()
+    """Every model that has had a turn, the longest ago first."""
+    urgent_credit_s: float = 0.0
+    """Seconds of loading that urgent tasks may still cause."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +95,7 @@ class View:
     budget_bytes: int
     turn: Turn | None = None
     max_resident: int | None = None
+    policy: Policy = field(default_factory=Policy)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +106,14 @@ class Decision:
     model: str
     evict: tuple[str, ...]
     reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prefetch:
+    """Load ``model`` after unloading ``evict``, while another model generates."""
+
+    model: str
+    evict: tuple[str, ...]
 
 
 def choose(view: View) -> Decision | None:
@@ -94,6 +135,69 @@ def choose(view: View) -> Decision | None:
             reason = "resident" if head.model in resident else "oldest"
             return Decision(seq=head.seq, model=head.model, evict=evict, reason=reason)
     return None
+
+
+def advance(
+    turn: Turn | None, decision: Decision, *, load_s: float, run_s: float, idle_s: float, policy: Policy
+) -> Turn:
+    """The turn after ``decision`` was carried out.
+
+    Args:
+        turn: the one before.
+        decision: what ``choose`` returned.
+        load_s: seconds that the load took, 0 when the model was resident.
+        run_s: seconds of the generation; a preempted or failed one counts with what it used.
+        idle_s: seconds since the end of the step before, in which nothing ran.
+        policy: as in the view.
+    """
+    credit_s = policy.urgent_burst_s if turn is None else turn.urgent_credit_s
+    credit_s = min(policy.urgent_burst_s, credit_s + policy.urgent_swap_share * (load_s + run_s + idle_s))
+    if decision.reason == "urgent":
+        credit_s -= load_s
+    if turn is not None and turn.model == decision.model and load_s == 0:
+        return Turn(
+            model=turn.model,
+            used_s=turn.used_s + run_s,
+            picks=turn.picks + 1,
+            recent=turn.recent,
+            urgent_credit_s=credit_s,
+        )
+    recent = () if turn is None else tuple(m for m in turn.recent if m != decision.model)
+    return Turn(
+        model=decision.model,
+        used_s=run_s,
+        picks=1,
+        recent=(*recent, decision.model),
+        urgent_credit_s=credit_s,
+    )
+
+
+def preempts(view: View, running: Priority) -> bool:
+    """Whether an urgent task waits that should stop the running generation between two tokens."""
+    if running is Priority.URGENT:
+        return False
+    decision = choose(view)
+    return decision is not None and decision.reason == "urgent"
+
+
+def prefetch(view: View, running: str) -> Prefetch | None:
+    """The model to load while ``running`` generates: one with tasks waiting, at the cost of idle models only."""
+    return None
+
+
+def estimate_wait(view: View, head: Head) -> float:
+    """Seconds until ``head`` has its answer, if nothing else arrives."""
+    return 0.0
+
+
+def size_class(run_s: float) -> int:
+    """The class of work of a task: tasks of one class differ by less than a factor of two."""
+    return math.floor(math.log2(max(run_s, 0.1)))
+
+
+def decayed_rate(rate_per_s: float, elapsed_s: float, *, arrivals: int) -> float:
+    """An arrival rate brought forward by ``elapsed_s``, at whose end ``arrivals`` came."""
+    return rate_per_s * math.exp(-elapsed_s / RATE_WINDOW_S) + arrivals / RATE_WINDOW_S
 
 
 def evict_for(model: str, view: View) -> tuple[str, ...] | None:
