@@ -43,7 +43,8 @@ class MqttClient:
     """Connected inside its `with` block; after a broker's restart it comes back and subscribes again.
 
     On MQTT 5 it subscribes with Retain As Published, so `Received.retain` is what the sender set. On 3.1.1
-    the flag is only set on messages that the broker had kept.
+    the flag is only set on messages that the broker had kept. With `session_s` and a `client_id`, the
+    broker keeps the session that long after a disconnect: what is published meanwhile is not lost.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class MqttClient:
         *,
         version: MQTTProtocolVersion = V5,
         client_id: str = "",
+        session_s: int = 0,
         username: str | None = None,
         password: str | None = None,
     ) -> None:
@@ -62,14 +64,20 @@ class MqttClient:
         self._connected = False
         self._filters: dict[str, int] = {}
         self._acked: dict[int, list[ReasonCode]] = {}
-        self._paho = Client(CallbackAPIVersion.VERSION2, client_id=client_id, protocol=version)
+        clean = None if version == V5 else not session_s
+        self._paho = Client(CallbackAPIVersion.VERSION2, client_id, clean, protocol=version)
         self._paho.username_pw_set(username, password)
         self._paho.reconnect_delay_set(1, 1)
         self._paho.on_connect = self._on_connect
         self._paho.on_disconnect = self._on_disconnect
         self._paho.on_subscribe = self._on_subscribe
         self._paho.on_message = self._on_message
-        self._paho.connect_async(host, port)
+        if version == V5:
+            session = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+            session.SessionExpiryInterval = session_s
+            self._paho.connect_async(host, port, clean_start=not session_s, properties=session)
+        else:
+            self._paho.connect_async(host, port)
 
     def __enter__(self) -> Self:
         self._paho.loop_start()

@@ -59,6 +59,19 @@ def test_persistence_survives(new_mosquitto: NewMosquitto, end: str) -> None:
         assert client.wait_for_topic("kept").text == "still here"
 
 
+@pytest.mark.parametrize("version", [V5, V311])
+def test_a_session_keeps_messages(mosquitto: Mosquitto, unique_node: str, version: MQTTProtocolVersion) -> None:
+    """A client with a session gets what was published while it was away."""
+    session = MqttClient(mosquitto.host, mosquitto.port, version=version, client_id=unique_node, session_s=60)
+    with session as client:
+        client.subscribe(unique_node)
+    with MqttClient(mosquitto.host, mosquitto.port) as other:
+        other.publish(unique_node, "kept for you")
+    again = MqttClient(mosquitto.host, mosquitto.port, version=version, client_id=unique_node, session_s=60)
+    with again as client:
+        assert client.wait_for_topic(unique_node).text == "kept for you"
+
+
 def test_without_persistence_nothing_survives(new_mosquitto: NewMosquitto) -> None:
     """Without persistence a restarted broker is empty, and the client comes back to it by itself."""
     broker = new_mosquitto()
