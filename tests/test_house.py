@@ -117,6 +117,7 @@ def test_arrows_point_one_way() -> None:
         ("ollama", "get(url, verify=False)", "verify=False is banned"),
         ("store", "cache = {}", "state at module level: cache"),
         ("store", "cache: dict = {}", "state at module level: cache"),
+        ("store", "LIMIT, cache = 3, {}", "state at module level: cache"),
         ("store", "def f():\n    global X\n    X = 1", "global X"),
     ],
 )
@@ -129,7 +130,10 @@ def test_a_broken_rule_is_seen(module: str, source: str, complaint: str) -> None
     ("module", "source"),
     [
         ("store", "import sqlite3\nfrom edge_daemon.errors import StoreError\nlog = getLogger()\nLIMIT = 3"),
-        ("store", "from edge_daemon import __version__\n__all__ = ['Store']\nRow = tuple[int, str]"),
+        (
+            "store",
+            "from edge_daemon import __version__\n__all__ = ['Store']\nRow = tuple[int, str]\nA, _B = 1, (x for x in ())",
+        ),
         ("cli", "def report():\n    from edge_daemon.logger import CsvLog"),
         ("main", "from edge_daemon.embedded import broker"),
         ("ollama", "get(url, verify=True)"),
@@ -211,11 +215,17 @@ def banned_arguments(tree: ast.AST) -> Iterator[str]:
 def module_state(tree: ast.Module) -> Iterator[str]:
     """Names bound at module level that are neither constants, types, dunders nor the logger."""
     for node in tree.body:
-        targets = node.targets if isinstance(node, ast.Assign) else []
-        if isinstance(node, ast.AnnAssign):
-            targets = [node.target]
-        for target in targets:
-            name = ast.unparse(target)
-            is_constant = name.lstrip("_")[:1].isupper()
-            if not is_constant and name != "log" and not name.startswith("__"):
-                yield name
+        if isinstance(node, ast.Assign):
+            yield from (name for target in node.targets for name in bound(target) if not is_constant(name))
+        elif isinstance(node, ast.AnnAssign):
+            yield from (name for name in bound(node.target) if not is_constant(name))
+
+
+def bound(target: ast.expr) -> Iterator[str]:
+    """The names that an assignment to `target` binds."""
+    return (n.id for n in ast.walk(target) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store))
+
+
+def is_constant(name: str) -> bool:
+    """Whether a module may bind this name: a constant or type by its first letter, a dunder, the logger."""
+    return name.lstrip("_")[:1].isupper() or name.startswith("__") or name == "log"
