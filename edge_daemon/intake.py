@@ -8,8 +8,8 @@ import json
 import math
 import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from edge_daemon.clock import Clock, iso
@@ -17,11 +17,14 @@ from edge_daemon.config import Config
 from edge_daemon.errors import Rejected
 from edge_daemon.messages import (
     ANONYMOUS,
+    Accepted,
     Added,
     Address,
     Failure,
+    Incoming,
     Message,
     Priority,
+    Refused,
     Result,
     Status,
     Submission,
@@ -57,41 +60,6 @@ FIELDS = TASK_KEYS | {
     *("id", "task_type", "model", "model_name", "priority", "ttl_s", "reply_to", "stream", "format", "options"),
     *("system", "meta", "preemptible"),
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Incoming:
-    """A message as a transport received it. What is given beside the payload wins over the payload's own fields."""
-
-    payload: bytes
-    src: str = ANONYMOUS
-    id: str | None = None
-    fields: Mapping[str, str] = field(default_factory=dict)
-    """Task fields given outside the payload, as text (MQTT 5 user properties)."""
-    content_type: str | None = None
-    ttl_s: float | None = None
-    reply_to: str | None = None
-    correlation: bytes | None = None
-    redelivered: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Accepted:
-    """The task is on the disk. ``result``: it is an old acquaintance and has its answer already."""
-
-    address: Address
-    seq: int
-    own_id: bool
-    status: Status
-    result: Result | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Refused:
-    """The task is not accepted; ``result`` is what its sender is told."""
-
-    address: Address
-    result: Result
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -410,7 +378,7 @@ class _Draft:
         value = self._data.get("ttl_s")
         if value is None:
             return self._config.queue.default_ttl_s
-        if value == 0 and value is self._incoming.ttl_s:
+        if value == 0 and not isinstance(value, bool):
             raise Rejected("expired_on_arrival", "its time to live was over when it arrived")
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MAX_TTL_S:
             raise _invalid("ttl_s", f"{_shown(value)} is not a number of seconds above 0, at most {MAX_TTL_S}")

@@ -333,3 +333,38 @@ class Added:
     outcome: str
     stored: Stored | None = None
     position: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Incoming:
+    """A message as a transport received it. What is given beside the payload wins over the payload's own fields."""
+
+    payload: bytes
+    src: str = ANONYMOUS
+    id: str | None = None
+    fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Task fields given outside the payload, as text (MQTT 5 user properties)."""
+    content_type: str | None = None
+    ttl_s: float | None = None
+    reply_to: str | None = None
+    correlation: bytes | None = None
+    redelivered: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Accepted:
+    """The task is on the disk. ``result``: it is an old acquaintance and has its answer already."""
+
+    address: Address
+    seq: int
+    own_id: bool
+    status: Status
+    result: Result | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Refused:
+    """The task is not accepted; ``result`` is what its sender is told."""
+
+    address: Address
+    result: Result

@@ -1,0 +1,128 @@
+"""What is known of each model: measured when it could be, guessed from its size until then."""
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+# Measured on a Pi 4B: an SD card gives 40 MB/s, decoding reads 3.4 GB/s of weights, prefill is nine times as fast.
+GUESSED_READ_BYTES_PER_S = 40e6
+GUESSED_DECODE_BYTES_PER_S = 3.4e9
+PREFILL_OVER_DECODE = 9.0
+GUESSED_OUTPUT_TOKENS = 64.0
+MEMORY = 0.3
+"""Weight of the newest measurement in a running mean."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """Running means of one model; 0 where nothing has been measured."""
+
+    size_bytes: int = 0
+    """Memory that it takes when resident."""
+    load_s: float = 0.0
+    prefill_tokens_per_s: float = 0.0
+    decode_tokens_per_s: float = 0.0
+    output_tokens: float = 0.0
+    output_tokens_by_type: Mapping[str, float] | None = None
+    run_s: float = 0.0
+
+
+class Estimates:
+    """Facts by model. Any thread may ask; the worker alone tells.
+
+    Args:
+        known: facts from earlier runs, as ``remember`` was given them.
+        remember: keeps the facts of a model for later runs.
+    """
+
+    def __init__(self, known: Mapping[str, Mapping[str, Any]], remember: Callable[[str, dict[str, Any]], None]) -> None:
+        self._lock = threading.Lock()  # guards _facts and _disk_bytes
+        self._facts = {model: _facts(data) for model, data in known.items()}
+        self._disk_bytes: dict[str, int] = {}
+        self._remember = remember
+
+    # -- asking
+
+    def facts(self, model: str) -> Facts:
+        """What was measured of ``model``."""
+        with self._lock:
+            return self._facts.get(model, Facts())
+
+    def load_s(self, model: str) -> float:
+        """Seconds to load it."""
+        return self.facts(model).load_s or self._size(model) / GUESSED_READ_BYTES_PER_S
+
+    def run_s(self, model: str, *, task_type: str | None, prompt_tokens: int, max_tokens: int) -> float:
+        """Seconds to answer one task on the resident model."""
+        facts = self.facts(model)
+        decode = facts.decode_tokens_per_s or GUESSED_DECODE_BYTES_PER_S / max(self._size(model), 1)
+        prefill = facts.prefill_tokens_per_s or decode * PREFILL_OVER_DECODE
+        by_type = facts.output_tokens_by_type or {}
+        expected = by_type.get(task_type or "") or facts.output_tokens or GUESSED_OUTPUT_TOKENS
+        return prompt_tokens / prefill + min(expected, max_tokens) / decode
+
+    def mean_run_s(self, model: str) -> float:
+        """Seconds of its mean task."""
+        return self.facts(model).run_s or self.run_s(model, task_type=None, prompt_tokens=32, max_tokens=1 << 20)
+
+    def _size(self, model: str) -> int:
+        with self._lock:
+            return self._disk_bytes.get(model) or self._facts.get(model, Facts()).size_bytes or 500_000_000
+
+    # -- telling
+
+    def set_disk_size(self, model: str, size_bytes: int) -> None:
+        """The size of its file, from which all else is guessed."""
+        with self._lock:
+            self._disk_bytes[model] = size_bytes
+
+    def loaded(self, model: str, *, seconds: float, size_bytes: int) -> None:
+        """A load was measured."""
+        facts = self.facts(model)
+        self._learn(model, replace(facts, load_s=_mean(facts.load_s, seconds), size_bytes=size_bytes))
+
+    def answered(
+        self,
+        model: str,
+        *,
+        task_type: str | None,
+        prompt_tokens: int,
+        prefill_s: float,
+        output_tokens: int,
+        decode_s: float,
+        run_s: float,
+    ) -> None:
+        """A generation was measured."""
+        facts = self.facts(model)
+        by_type = dict(facts.output_tokens_by_type or {})
+        if task_type and (task_type in by_type or len(by_type) < 64):
+            by_type[task_type] = _mean(by_type.get(task_type, 0.0), output_tokens)
+        # A prompt that was cached, or an answer of one token, says nothing of the rate.
+        prefill = prompt_tokens / prefill_s if prompt_tokens >= 8 and prefill_s > 0 else facts.prefill_tokens_per_s
+        decode = output_tokens / decode_s if output_tokens >= 4 and decode_s > 0 else facts.decode_tokens_per_s
+        self._learn(
+            model,
+            replace(
+                facts,
+                prefill_tokens_per_s=_mean(facts.prefill_tokens_per_s, prefill),
+                decode_tokens_per_s=_mean(facts.decode_tokens_per_s, decode),
+                output_tokens=_mean(facts.output_tokens, output_tokens),
+                output_tokens_by_type=by_type,
+                run_s=_mean(facts.run_s, run_s),
+            ),
+        )
+
+    def _learn(self, model: str, facts: Facts) -> None:
+        with self._lock:
+            self._facts[model] = facts
+        self._remember(model, asdict(facts))
+
+
+def _mean(old: float, new: float) -> float:
+    return new if old == 0 else old + MEMORY * (new - old)
+
+
+def _facts(data: Mapping[str, Any]) -> Facts:
+    known = {field.name for field in fields(Facts)}
+    return Facts(**{name: value for name, value in data.items() if name in known})

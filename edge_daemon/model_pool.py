@@ -1,0 +1,437 @@
+"""Which models are in memory. ``ModelPool.ensure`` is the only way to change that; the worker alone calls it.
+
+Ollama is the executor, all decisions are made here: one load at a time, an explicit unload confirmed by ``/api/ps``
+before the next load, and never a request to a model that is being evicted. Ollama's own scheduler thus never has to
+choose, and the ways in which it can get stuck are not reached.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from edge_daemon.clock import Clock
+from edge_daemon.errors import DeadlineExceeded, ModelError, ModelMissing, ModelTooLarge, NoMemory, OllamaDown
+from edge_daemon.estimates import Estimates
+from edge_daemon.messages import ModelState
+from edge_daemon.ollama import Interrupt, ModelDetails, Ollama, Running, normalise
+from edge_daemon.scheduler import Cost, Resident
+
+log = logging.getLogger(__name__)
+
+MIB = 1 << 20
+UNLOAD_TIMEOUT_S = 30.0
+LEASE_MARGIN_S = 60.0
+PINNED_LEASE_S = 3600.0
+CATALOGUE_PAUSE_S = 5.0
+"""Ollama is asked for its list of models at most this often, however many tasks name unknown ones."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolLimits:
+    """Bounds of the pool, in bytes and seconds. ``budget_bytes`` is what all models together may take."""
+
+    budget_bytes: int
+    reserve_bytes: int
+    load_timeout_s: float
+    idle_timeout_s: float
+    max_resident: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelPolicy:
+    """What the configuration says of one model."""
+
+    num_ctx: int
+    pinned: bool = False
+
+    @property
+    def options(self) -> dict[str, int]:
+        """The runner options: the same on every request, since another value would reload the model."""
+        return {"num_ctx": self.num_ctx}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """A load or an unload, as it went. ``error`` is set when it failed."""
+
+    action: str
+    model: str
+    reason: str
+    seconds: float
+    predicted_s: float | None = None
+    size_bytes: int = 0
+    predicted_bytes: int = 0
+    evicted: tuple[str, ...] = ()
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ensured:
+    """A model is resident: ``load_s`` is 0 when it was before."""
+
+    load_s: float = 0.0
+    predicted_s: float = 0.0
+    evicted: tuple[str, ...] = ()
+
+
+class Catalogue:
+    """The models that Ollama has on disk, and what they will need. Any thread may ask."""
+
+    def __init__(
+        self, ollama: Ollama, *, clock: Clock, estimates: Estimates, policy: Callable[[str], ModelPolicy]
+    ) -> None:
+        self._ollama = ollama
+        self._clock = clock
+        self._estimates = estimates
+        self._policy = policy
+        self._lock = threading.Lock()  # guards the three below; held while Ollama is asked, so that one asks for all
+        self._disk_bytes: dict[str, int] | None = None
+        self._details: dict[str, ModelDetails] = {}
+        self._asked_at = -CATALOGUE_PAUSE_S
+
+    def refresh(self) -> None:
+        """Ask Ollama anew."""
+        with self._lock:
+            self._refresh()
+
+    def names(self) -> tuple[str, ...]:
+        """Every model on disk, as far as it has been asked."""
+        with self._lock:
+            return tuple(sorted(self._disk_bytes or ()))
+
+    def has(self, model: str) -> bool | None:
+        """Whether Ollama has ``model``; None when it cannot be asked."""
+        name = normalise(model)
+        with self._lock:
+            if self._disk_bytes is None or name not in self._disk_bytes:
+                self._refresh_if_due()
+            return None if self._disk_bytes is None else name in self._disk_bytes
+
+    def details(self, model: str) -> ModelDetails | None:
+        """What ``/api/show`` says; None when it cannot be asked."""
+        name = normalise(model)
+        with self._lock:
+            if name not in self._details and self._disk_bytes and name in self._disk_bytes:
+                try:
+                    self._details[name] = self._ollama.show(model)
+                except ModelError as error:
+                    log.debug("no details of %s: %s", model, error)
+            return self._details.get(name)
+
+    def size_bytes(self, model: str) -> int:
+        """Memory that ``model`` takes, or is expected to take, when it is resident."""
+        measured = self._estimates.facts(normalise(model)).size_bytes
+        if measured:
+            return measured
+        details = self.details(model)
+        with self._lock:
+            weights = (self._disk_bytes or {}).get(normalise(model), 0)
+        cache = (details.kv_bytes_per_token or 0) * self._policy(model).num_ctx if details else 0
+        # The rest is compute buffers and the runner itself; the first load puts a measurement in place of this.
+        return weights + cache + weights // 10 + 64 * MIB
+
+    def _refresh_if_due(self) -> None:
+        if self._clock.monotonic() - self._asked_at >= CATALOGUE_PAUSE_S:
+            try:
+                self._refresh()
+            except ModelError as error:
+                log.debug("no list of models: %s", error)
+
+    def _refresh(self) -> None:
+        self._asked_at = self._clock.monotonic()
+        tags = self._ollama.tags()
+        self._disk_bytes = {normalise(tag.name): tag.size_bytes for tag in tags}
+        self._details = {name: details for name, details in self._details.items() if name in self._disk_bytes}
+        for name, size in self._disk_bytes.items():
+            self._estimates.set_disk_size(name, size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Loaded:
+    """A resident model as we keep it between two looks at ``/api/ps``."""
+
+    size_bytes: int
+    used_at: float
+    ours: bool
+    context_length: int | None = None
+
+
+class ModelPool:
+    """The single writer to Ollama's memory.
+
+    Args:
+        ollama: the client.
+        limits: the budget and the deadlines.
+        policy: what the configuration says of a model, by name.
+        catalogue: sizes of models that are not resident.
+        estimates: learns from every load.
+        available_bytes: memory that could be used now without swapping.
+        on_change: told of every load and unload; must not raise.
+    """
+
+    def __init__(
+        self,
+        ollama: Ollama,
+        *,
+        limits: PoolLimits,
+        policy: Callable[[str], ModelPolicy],
+        catalogue: Catalogue,
+        estimates: Estimates,
+        clock: Clock,
+        available_bytes: Callable[[], int],
+        on_change: Callable[[Change], None],
+    ) -> None:
+        self.limits = limits
+        self.catalogue = catalogue
+        self._ollama = ollama
+        self._policy = policy
+        self._estimates = estimates
+        self._clock = clock
+        self._available_bytes = available_bytes
+        self._on_change = on_change
+        self._models: dict[str, _Loaded] = {}
+        self._waiting = threading.Event()  # never set: a pause that does not depend on the clock handed in
+        self.states: tuple[ModelState, ...] = ()
+        """What is resident, replaced whole at every change: any thread may read it."""
+
+    # -- looking
+
+    def refresh(self) -> None:
+        """Believe ``/api/ps``: models may have been loaded, evicted or killed behind our back.
+
+        Raises:
+            OllamaDown: it cannot be asked; what was resident is unknown and forgotten.
+        """
+        try:
+            listed = {normalise(running.name): running for running in self._ollama.running()}
+        except ModelError:
+            self._models.clear()
+            self._publish()
+            raise
+        now = self._clock.monotonic()
+        for name in set(self._models) - set(listed):
+            log.info("%s is no longer resident: Ollama or another client unloaded it", name)
+        self._models = {name: self._seen(name, running, now) for name, running in listed.items()}
+        self._publish()
+
+    def _seen(self, name: str, running: Running, now: float) -> _Loaded:
+        known = self._models.get(name) or _Loaded(size_bytes=0, used_at=now, ours=False)
+        size = running.size_bytes or self.catalogue.size_bytes(name)
+        return replace(known, size_bytes=size, context_length=running.context_length)
+
+    def resident(self) -> tuple[Resident, ...]:
+        """The resident models, for the scheduler."""
+        now = self._clock.monotonic()
+        return tuple(
+            Resident(
+                model=name,
+                size_bytes=loaded.size_bytes,
+                idle_s=now - loaded.used_at,
+                pinned=self._policy(name).pinned,
+            )
+            for name, loaded in self._models.items()
+        )
+
+    def cost(self, model: str) -> Cost:
+        """What it would take to have and to use ``model``, for the scheduler."""
+        name = normalise(model)
+        size = self._models[name].size_bytes if name in self._models else self.catalogue.size_bytes(name)
+        return Cost(load_s=self._estimates.load_s(name), size_bytes=size, run_s=self._estimates.mean_run_s(name))
+
+    def room_bytes(self) -> int:
+        """What resident models may take in all, now: the budget, less when others use the board's memory."""
+        resident = sum(loaded.size_bytes for loaded in self._models.values())
+        return min(self.limits.budget_bytes, resident + self._available_bytes() - self.limits.reserve_bytes)
+
+    def check(self, model: str) -> None:
+        """Raises ModelMissing or ModelTooLarge for a model that can never run here. Any thread may ask."""
+        if self.catalogue.has(model) is False:
+            raise ModelMissing(f"Ollama has no model {model}")
+        size = self.catalogue.size_bytes(model)
+        if size > self.limits.budget_bytes:
+            need, have = size // MIB, self.limits.budget_bytes // MIB
+            raise ModelTooLarge(f"{model} needs about {need} MiB, the memory budget is {have} MiB")
+
+    # -- changing
+
+    def ensure(
+        self, model: str, *, evict: Iterable[str] = (), reason: str, interrupt: Interrupt | None = None
+    ) -> Ensured:
+        """Make ``model`` resident, after unloading ``evict``. Does nothing when it is resident.
+
+        Raises:
+            NoMemory: it would break the budget; nothing was loaded.
+            ModelError: the load failed.
+            Interrupted: by ``interrupt``.
+        """
+        name = normalise(model)
+        if name in self._models:
+            return Ensured()
+        self.check(name)
+        gone = tuple(victim for victim in map(normalise, evict) if self.unload(victim, reason=f"room for {name}"))
+        need, room = self.catalogue.size_bytes(name), self.room_bytes()
+        used = sum(loaded.size_bytes for loaded in self._models.values())
+        if used + need > room:
+            raise NoMemory(f"{name} needs about {need // MIB} MiB, {max(0, room - used) // MIB} MiB are free for it")
+        return self._load(name, gone, reason, interrupt)
+
+    def _load(self, name: str, evicted: tuple[str, ...], reason: str, interrupt: Interrupt | None) -> Ensured:
+        predicted_s, predicted_bytes = self._estimates.load_s(name), self.catalogue.size_bytes(name)
+        began, free_before = self._clock.monotonic(), self._available_bytes()
+
+        def report(seconds: float, size: int = 0, error: str | None = None) -> None:
+            change = Change(
+                action="load",
+                model=name,
+                reason=reason,
+                seconds=seconds,
+                predicted_s=predicted_s,
+                size_bytes=size,
+                predicted_bytes=predicted_bytes,
+                evicted=evicted,
+                error=error,
+            )
+            self._on_change(change)
+
+        self._publish(loading=name)
+        try:
+            seconds = self._ollama.load(
+                name,
+                options=self._policy(name).options,
+                keep_alive_s=self.lease_s(name),
+                timeout_s=self.limits.load_timeout_s,
+                interrupt=interrupt,
+            )
+        except ModelError as error:
+            report(self._clock.monotonic() - began, error=f"{error.code}: {error}")
+            self._publish()
+            raise
+        size = self._measured(name, free_before)
+        self._estimates.loaded(name, seconds=seconds, size_bytes=size)
+        self._models[name] = _Loaded(size_bytes=size, used_at=self._clock.monotonic(), ours=True)
+        self._publish()
+        report(seconds, size)
+        return Ensured(load_s=seconds, predicted_s=predicted_s, evicted=evicted)
+
+    def _measured(self, name: str, free_before: int) -> int:
+        """The size by Ollama's account, or by the drop in available memory when that is plainly more."""
+        listed = {normalise(running.name): running.size_bytes for running in self._ollama.running()}
+        drop = free_before - self._available_bytes()
+        told = listed.get(name) or self.catalogue.size_bytes(name)
+        return max(told, min(drop, 2 * told))
+
+    def unload(self, model: str, *, reason: str) -> bool:
+        """Unload ``model`` and wait until it is gone. False when it would not go in time: its memory still counts.
+
+        Raises:
+            OllamaDown: nobody answers.
+        """
+        name = normalise(model)
+        if name not in self._models:
+            return False
+        began, size = self._clock.monotonic(), self._models[name].size_bytes
+        self._publish(unloading=name)
+        self._ollama.unload(name)
+        gone = self._await_gone(name)
+        if gone:
+            del self._models[name]
+        self._publish()
+        seconds = self._clock.monotonic() - began
+        error = None if gone else f"still resident after {UNLOAD_TIMEOUT_S:g} s"
+        self._on_change(
+            Change(action="unload", model=name, reason=reason, seconds=seconds, size_bytes=size, error=error)
+        )
+        return gone
+
+    def _await_gone(self, name: str) -> bool:
+        """Ollama unloads when it finds the time: ask until the model has left its list."""
+        deadline = self._clock.monotonic() + UNLOAD_TIMEOUT_S
+        pause = 0.01
+        while True:
+            if name not in {normalise(running.name) for running in self._ollama.running()}:
+                return True
+            if self._clock.monotonic() >= deadline:
+                log.warning("%s is still resident %g s after its unload", name, UNLOAD_TIMEOUT_S)
+                return False
+            self._waiting.wait(pause)
+            pause = min(2 * pause, 1.0)
+
+    def used(self, model: str) -> None:
+        """Note a use of ``model``: idle time counts from here, and it is ours now whoever loaded it."""
+        name = normalise(model)
+        if name in self._models:
+            self._models[name] = replace(self._models[name], used_at=self._clock.monotonic(), ours=True)
+
+    def lease_s(self, model: str) -> float:
+        """The keep-alive to send with every request: finite, so that a dead daemon leaves no memory taken.
+
+        It doubles as Ollama's order of eviction, should it ever come to that: the longest lease goes last.
+        """
+        return PINNED_LEASE_S if self._policy(model).pinned else self.limits.idle_timeout_s + LEASE_MARGIN_S
+
+    def sweep(self, wanted: Iterable[str] = ()) -> float | None:
+        """Unload models that have been idle too long, renew the leases of pinned ones.
+
+        Args:
+            wanted: models that tasks wait for; they stay.
+
+        Returns:
+            Seconds until it should be called again, None when there is nothing to come.
+        """
+        keep = set(map(normalise, wanted))
+        due: list[float] = []
+        for name, idle_s in [(r.model, r.idle_s) for r in self.resident() if self._models[r.model].ours]:
+            limit = PINNED_LEASE_S / 2 if self._policy(name).pinned else self.limits.idle_timeout_s
+            if idle_s < limit:
+                due.append(limit - idle_s)
+            elif self._policy(name).pinned:
+                self._renew(name)
+                due.append(limit)
+            elif name not in keep:
+                self.unload(name, reason="idle")
+        return min(due, default=None)
+
+    def _renew(self, name: str) -> None:
+        self._ollama.load(
+            name,
+            options=self._policy(name).options,
+            keep_alive_s=self.lease_s(name),
+            timeout_s=self.limits.load_timeout_s,
+        )
+        self.used(name)
+
+    def unload_all(self, reason: str) -> None:
+        """Leave the memory as we found it: unload all that is ours, as far as Ollama answers."""
+        for name in [name for name, loaded in self._models.items() if loaded.ours]:
+            try:
+                self.unload(name, reason=reason)
+            except (OllamaDown, DeadlineExceeded):
+                return
+
+    def _publish(self, loading: str | None = None, unloading: str | None = None) -> None:
+        now = self._clock.monotonic()
+        states = [
+            ModelState(
+                name=name,
+                residency="unloading" if name == unloading else "resident" if loaded.ours else "external",
+                size_bytes=loaded.size_bytes,
+                pinned=self._policy(name).pinned,
+                idle_s=round(now - loaded.used_at, 1),
+                context_length=loaded.context_length,
+            )
+            for name, loaded in self._models.items()
+        ]
+        if loading:
+            states.append(ModelState(name=loading, residency="loading", size_bytes=self.catalogue.size_bytes(loading)))
+        self.states = tuple(states)
+
+
+def memory_limits(*, total_bytes: int, budget_bytes: int | None, reserve_bytes: int | None) -> Mapping[str, int]:
+    """Budget and reserve of a board with ``total_bytes``, where the configuration leaves them open.
+
+    The reserve keeps the system, the broker and Ollama itself alive: an eighth of the memory, 384 MiB at least.
+    """
+    reserve = max(384 * MIB, total_bytes // 8) if reserve_bytes is None else reserve_bytes
+    budget = total_bytes - reserve if budget_bytes is None else budget_bytes
+    return {"budget_bytes": max(0, min(budget, total_bytes - reserve)), "reserve_bytes": reserve}
