@@ -130,10 +130,8 @@ def test_a_broken_rule_is_seen(module: str, source: str, complaint: str) -> None
     ("module", "source"),
     [
         ("store", "import sqlite3\nfrom edge_daemon.errors import StoreError\nlog = getLogger()\nLIMIT = 3"),
-        (
-            "store",
-            "from edge_daemon import __version__\n__all__ = ['Store']\nRow = tuple[int, str]\nA, _B = 1, (x for x in ())",
-        ),
+        ("store", "from edge_daemon import __version__\n__all__ = ['Store']\nRow = tuple[int, str]"),
+        ("store", "FIRST, _SECOND = 1, [n for n in (2,)]"),
         ("cli", "def report():\n    from edge_daemon.logger import CsvLog"),
         ("main", "from edge_daemon.embedded import broker"),
         ("ollama", "get(url, verify=True)"),
