@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edge_daemon.clock import Clock, iso
-from edge_daemon.config import Config
+from edge_daemon.config import Config, ModelSettings
 from edge_daemon.errors import Rejected
 from edge_daemon.messages import (
     ANONYMOUS,
@@ -66,13 +66,14 @@ FIELDS = TASK_KEYS | {
 class Rules:
     """What a task is judged by.
 
-    ``check_model`` raises Rejected for a model that cannot serve here; ``check_reply_to(src, topic)`` for a reply topic
-    that ``src`` may not use; ``eta_s`` tells the seconds until a task would be answered, if that is known.
+    ``check_model`` returns the canonical name of a model and its settings, and raises Rejected for one that cannot serve
+    here; ``check_reply_to(src, topic)`` raises it for a reply topic that ``src`` may not use; ``eta_s`` tells the
+    seconds until a task would be answered, if that is known.
     """
 
     config: Config
     clock: Clock
-    check_model: Callable[[str], None]
+    check_model: Callable[[str], tuple[str, ModelSettings]]
     check_reply_to: Callable[[str, str], None]
     eta_s: Callable[[Task], float | None] = lambda _task: None
 
@@ -289,9 +290,7 @@ class _Draft:
 
     def _task(self) -> Task:
         model_requested = self._model_requested()
-        model = model_requested or self._config.models.default
-        self._rules.check_model(model)
-        settings = self._config.models.for_model(model)
+        model, settings = self._rules.check_model(model_requested or self._config.models.default)
         options, num_predict = self._options()
         task = Task(
             id=self._id or secrets.token_hex(8),

@@ -102,6 +102,7 @@ class Store:
         self._open_bytes = 0
         # Marks that may be lost: a crash then costs one repetition, not a task. They ride on the next commit.
         self._marks: dict[str, set[int]] = {"sent": set(), "logged": set(), "acked": set()}
+        self._learnt: dict[str, str] = {}  # facts of models: the same
         self._before_boot: set[int] = set()  # accepted in an earlier boot, time switched off not yet counted
         with self._guard():
             self._recover()
@@ -305,16 +306,16 @@ class Store:
             return {model: json.loads(facts) for model, facts in self._db.execute("SELECT model, facts FROM learnt")}
 
     def learn(self, model: str, facts: dict[str, Any]) -> None:
-        """Replace the facts of one model."""
-        with self._lock, self._transaction():
-            self._db.execute("INSERT OR REPLACE INTO learnt (model, facts) VALUES (?, ?)", (model, compact(facts)))
+        """Replace the facts of one model, with the next commit."""
+        with self._lock:
+            self._learnt[model] = compact(facts)
 
     # -- housekeeping
 
     def flush(self) -> None:
         """Commit the marks that wait for company."""
         with self._lock:
-            if any(self._marks.values()):
+            if self._learnt or any(self._marks.values()):
                 with self._transaction():
                     pass
 
@@ -350,6 +351,7 @@ class Store:
         for kind, seqs in self._marks.items():
             statement = f"UPDATE tasks SET {columns[kind]} WHERE seq = ?"  # noqa: S608
             self._db.executemany(statement, [(seq,) for seq in seqs])
+        self._db.executemany("INSERT OR REPLACE INTO learnt (model, facts) VALUES (?, ?)", self._learnt.items())
 
     @contextlib.contextmanager
     def _guard(self) -> Iterator[None]:
@@ -375,6 +377,7 @@ class Store:
                 raise
         for seqs in self._marks.values():
             seqs.clear()
+        self._learnt.clear()
 
     def _row(self, where: str, values: tuple[object, ...]) -> Stored | None:
         return next(self._rows(f"{where} LIMIT 1", values), None)

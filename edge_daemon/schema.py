@@ -1,0 +1,133 @@
+"""Whether a value is what a JSON schema asks for.
+
+Ollama already holds a model to the schema while it writes; this is the check that a device can rely on. It knows the
+keywords that such schemas use; one that it does not know is not checked, as the JSON Schema standard has it.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "object": (dict,),
+    "array": (list,),
+    "string": (str,),
+    "number": (int, float),
+    "integer": (int,),
+    "boolean": (bool,),
+    "null": (type(None),),
+}
+
+
+def problem(value: Any, schema: Any, path: str = "answer") -> str | None:
+    """What is wrong with ``value``, naming the place; None when it is valid."""
+    if schema is True or not isinstance(schema, Mapping):
+        return f"{path}: nothing is allowed here" if schema is False else None
+    for keyword, check in _CHECKS.items():
+        if keyword in schema and (found := check(value, schema[keyword], schema, path)):
+            return found
+    return None
+
+
+def _type(value: Any, names: Any, _schema: Mapping[str, Any], path: str) -> str | None:
+    wanted = [names] if isinstance(names, str) else names
+    if any(_is(value, name) for name in wanted):
+        return None
+    return f"{path}: not of type {' or '.join(map(str, wanted))}"
+
+
+def _is(value: Any, name: str) -> bool:
+    if isinstance(value, bool):
+        return name == "boolean"
+    if name == "integer" and isinstance(value, float):
+        return value.is_integer()
+    return isinstance(value, _TYPES.get(name, ()))
+
+
+def _enum(value: Any, allowed: Any, _schema: Mapping[str, Any], path: str) -> str | None:
+    return None if any(_same(value, item) for item in allowed) else f"{path}: not one of the allowed values"
+
+
+def _const(value: Any, wanted: Any, _schema: Mapping[str, Any], path: str) -> str | None:
+    return None if _same(value, wanted) else f"{path}: not the one allowed value"
+
+
+def _same(a: Any, b: Any) -> bool:
+    return isinstance(a, bool) == isinstance(b, bool) and bool(a == b)  # True is not 1 in JSON
+
+
+def _required(value: Any, names: Any, _schema: Mapping[str, Any], path: str) -> str | None:
+    missing = [name for name in names if name not in value] if isinstance(value, dict) else []
+    return f"{path}: {missing[0]} is missing" if missing else None
+
+
+def _properties(value: Any, schemas: Any, _schema: Mapping[str, Any], path: str) -> str | None:
+    if not isinstance(value, dict):
+        return None
+    return _first(problem(value[name], schema, f"{path}.{name}") for name, schema in schemas.items() if name in value)
+
+
+def _additional(value: Any, extra: Any, schema: Mapping[str, Any], path: str) -> str | None:
+    if not isinstance(value, dict):
+        return None
+    known = schema.get("properties", {})
+    return _first(problem(item, extra, f"{path}.{name}") for name, item in value.items() if name not in known)
+
+
+def _items(value: Any, schema: Any, _whole: Mapping[str, Any], path: str) -> str | None:
+    if not isinstance(value, list):
+        return None
+    return _first(problem(item, schema, f"{path}[{index}]") for index, item in enumerate(value))
+
+
+def _any_of(value: Any, schemas: Any, _schema: Mapping[str, Any], path: str) -> str | None:
+    return None if any(problem(value, schema) is None for schema in schemas) else f"{path}: fits none of the forms"
+
+
+def _all_of(value: Any, schemas: Any, _schema: Mapping[str, Any], path: str) -> str | None:
+    return _first(problem(value, schema, path) for schema in schemas)
+
+
+def _pattern(value: Any, pattern: Any, _schema: Mapping[str, Any], path: str) -> str | None:
+    if not isinstance(value, str) or re.search(pattern, value):
+        return None
+    return f"{path}: does not match {pattern}"
+
+
+def _limit(kind: type | tuple[type, ...], measure: Callable[[Any], Any], *, low: bool) -> Callable[..., str | None]:
+    def check(value: Any, bound: Any, _schema: Mapping[str, Any], path: str) -> str | None:
+        if isinstance(value, bool) or not isinstance(value, kind):
+            return None
+        size = measure(value)
+        return f"{path}: beyond the limit of {bound}" if (size < bound if low else size > bound) else None
+
+    return check
+
+
+def _first(problems: Any) -> str | None:
+    return next((found for found in problems if found), None)
+
+
+def _itself(value: Any) -> Any:
+    return value
+
+
+_CHECKS: dict[str, Callable[[Any, Any, Mapping[str, Any], str], str | None]] = {
+    "type": _type,
+    "enum": _enum,
+    "const": _const,
+    "required": _required,
+    "properties": _properties,
+    "additionalProperties": _additional,
+    "items": _items,
+    "anyOf": _any_of,
+    "oneOf": _any_of,
+    "allOf": _all_of,
+    "pattern": _pattern,
+    "minimum": _limit((int, float), _itself, low=True),
+    "maximum": _limit((int, float), _itself, low=False),
+    "minLength": _limit(str, len, low=True),
+    "maxLength": _limit(str, len, low=False),
+    "minItems": _limit(list, len, low=True),
+    "maxItems": _limit(list, len, low=False),
+}
