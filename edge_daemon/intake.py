@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from edge_daemon import schema
 from edge_daemon.clock import Clock, iso
 from edge_daemon.config import Config, ModelSettings
 from edge_daemon.errors import Rejected
@@ -66,9 +67,9 @@ FIELDS = TASK_KEYS | {
 class Rules:
     """What a task is judged by.
 
-    ``check_model`` returns the canonical name of a model and its settings, and raises Rejected for one that cannot serve
-    here; ``check_reply_to(src, topic)`` raises it for a reply topic that ``src`` may not use; ``eta_s`` tells the
-    seconds until a task would be answered, if that is known.
+    ``check_model`` returns the canonical name of a model and its settings, and raises Rejected for one that cannot
+    serve here; ``check_reply_to(src, topic)`` raises it for a reply topic that ``src`` may not use; ``eta_s`` tells
+    the seconds until a task would be answered, if that is known.
     """
 
     config: Config
@@ -391,6 +392,8 @@ class _Draft:
             raise _invalid("format", f'{_shown(value)} is neither "json" nor a JSON schema')
         if len(compact(value)) > 16_384:
             raise _invalid("format", "a schema of at most 16384 characters")
+        if fault := schema.malformed(value):
+            raise _invalid("format", fault)
         return value
 
     def _meta(self) -> Any:

@@ -1,11 +1,11 @@
 """Whether a value is what a JSON schema asks for.
 
 Ollama already holds a model to the schema while it writes; this is the check that a device can rely on. It knows the
-keywords that such schemas use; one that it does not know is not checked, as the JSON Schema standard has it.
+keywords that such schemas use; one that it does not know is not checked, as the JSON Schema standard has it. Patterns
+are among those: a regular expression from outside could keep the daemon busy for ever.
 """
 
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -17,6 +17,28 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "boolean": (bool,),
     "null": (type(None),),
 }
+
+
+def malformed(schema: Any, path: str = "schema") -> str | None:
+    """What is wrong with ``schema`` itself, naming the place; None when ``problem`` can work with it."""
+    if isinstance(schema, bool):
+        return None
+    if not isinstance(schema, Mapping):
+        return f"{path}: a schema is an object"
+    for keyword, fits in _SHAPES.items():
+        if keyword in schema and not fits(schema[keyword]):
+            return f"{path}.{keyword}: not of the form that JSON Schema gives it"
+    return _first(malformed(inner, f"{path}.{name}") for name, inner in _inner(schema))
+
+
+def _inner(schema: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The schemas within a schema, with where they stand."""
+    for keyword in ("items", "additionalProperties"):
+        if keyword in schema:
+            yield keyword, schema[keyword]
+    for keyword in ("anyOf", "oneOf", "allOf"):
+        yield from ((f"{keyword}[{index}]", inner) for index, inner in enumerate(schema.get(keyword, ())))
+    yield from ((f"properties.{name}", inner) for name, inner in schema.get("properties", {}).items())
 
 
 def problem(value: Any, schema: Any, path: str = "answer") -> str | None:
@@ -88,12 +110,6 @@ def _all_of(value: Any, schemas: Any, _schema: Mapping[str, Any], path: str) -> 
     return _first(problem(value, schema, path) for schema in schemas)
 
 
-def _pattern(value: Any, pattern: Any, _schema: Mapping[str, Any], path: str) -> str | None:
-    if not isinstance(value, str) or re.search(pattern, value):
-        return None
-    return f"{path}: does not match {pattern}"
-
-
 def _limit(kind: type | tuple[type, ...], measure: Callable[[Any], Any], *, low: bool) -> Callable[..., str | None]:
     def check(value: Any, bound: Any, _schema: Mapping[str, Any], path: str) -> str | None:
         if isinstance(value, bool) or not isinstance(value, kind):
@@ -123,11 +139,40 @@ _CHECKS: dict[str, Callable[[Any, Any, Mapping[str, Any], str], str | None]] = {
     "anyOf": _any_of,
     "oneOf": _any_of,
     "allOf": _all_of,
-    "pattern": _pattern,
     "minimum": _limit((int, float), _itself, low=True),
     "maximum": _limit((int, float), _itself, low=False),
     "minLength": _limit(str, len, low=True),
     "maxLength": _limit(str, len, low=False),
     "minItems": _limit(list, len, low=True),
     "maxItems": _limit(list, len, low=False),
+}
+
+
+def _names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _type_names(value: Any) -> bool:
+    names = value if isinstance(value, list) else [value]
+    return all(isinstance(name, str) and name in _TYPES for name in names)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _list(value: Any) -> bool:
+    return isinstance(value, list)
+
+
+def _object(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+_SHAPES: dict[str, Callable[[Any], bool]] = {
+    "type": _type_names,
+    "required": _names,
+    "properties": _object,
+    **dict.fromkeys(("enum", "anyOf", "oneOf", "allOf"), _list),
+    **dict.fromkeys(("minimum", "maximum", "minLength", "maxLength", "minItems", "maxItems"), _number),
 }
