@@ -14,6 +14,7 @@ ANY = frozenset({"any"})
 MAY_IMPORT: dict[str, frozenset[str]] = {
     "errors": frozenset(),
     "clock": frozenset(),
+    "estimates": frozenset(),
     "systemd": frozenset(),
     "messages": frozenset({"errors"}),
     "config": frozenset({"errors"}),
@@ -23,7 +24,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "logger": frozenset({"messages", "errors", "clock"}),
     "intake": frozenset({"messages", "errors", "config", "clock"}),
     "store": frozenset({"scheduler", "messages", "errors", "clock"}),
-    "model_pool": frozenset({"ollama", "scheduler", "messages", "errors", "clock"}),
+    "model_pool": frozenset({"ollama", "estimates", "scheduler", "messages", "errors", "clock"}),
     "worker": frozenset(
         {"store", "scheduler", "model_pool", "ollama", "logger", "telemetry", "config"}
         | {"messages", "errors", "clock"}

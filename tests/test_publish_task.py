@@ -409,6 +409,15 @@ def test_tls(new_mosquitto: NewMosquitto, unique_node: str, ask: Ask, tmp_path: 
     assert "certificate" in err
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Undo for child processes what a shell does to those in the background: there Ctrl-C is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_interrupt(node: Node, ask: Ask) -> None:
     """Ctrl-C ends the wait with the shell's own status and no traceback."""
     tool = ask("--prompt", "hi", "--stream")
