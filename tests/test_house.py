@@ -15,6 +15,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "errors": frozenset(),
     "clock": frozenset(),
     "estimates": frozenset(),
+    "schema": frozenset(),
     "systemd": frozenset(),
     "messages": frozenset({"errors"}),
     "config": frozenset({"errors"}),
@@ -22,12 +23,12 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "ollama": frozenset({"messages", "errors"}),
     "telemetry": frozenset({"messages", "errors"}),
     "logger": frozenset({"messages", "errors", "clock"}),
-    "intake": frozenset({"messages", "errors", "config", "clock"}),
+    "intake": frozenset({"schema", "messages", "errors", "config", "clock"}),
     "store": frozenset({"scheduler", "messages", "errors", "clock"}),
     "model_pool": frozenset({"ollama", "estimates", "scheduler", "messages", "errors", "clock"}),
     "worker": frozenset(
         {"store", "scheduler", "model_pool", "ollama", "logger", "telemetry", "config"}
-        | {"messages", "errors", "clock"}
+        | {"estimates", "schema", "messages", "errors", "clock"}
     ),
     "mqtt_bridge": frozenset({"config", "messages", "errors", "clock"}),
     "http_gateway": frozenset({"config", "messages", "errors", "clock"}),
