@@ -363,6 +363,10 @@ class ModelPool:
         if name in self._models:
             self._models[name] = replace(self._models[name], used_at=self._clock.monotonic(), ours=True)
 
+    def options(self, model: str) -> Mapping[str, int]:
+        """The runner options of ``model``, to be sent with every request."""
+        return self._policy(normalise(model)).options
+
     def lease_s(self, model: str) -> float:
         """The keep-alive to send with every request: finite, so that a dead daemon leaves no memory taken.
 
