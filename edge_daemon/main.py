@@ -11,24 +11,33 @@ import signal
 import socket
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from edge_daemon import __version__, systemd
 from edge_daemon.clock import Clock, iso
 from edge_daemon.config import Config, ModelSettings, mqtt_password
-from edge_daemon.errors import AlreadyRunning, ModelError, ModelMissing, ModelTooLarge, Rejected
+from edge_daemon.errors import AlreadyRunning, ModelMissing, ModelTooLarge, Rejected
 from edge_daemon.estimates import Estimates
 from edge_daemon.intake import Intake, Rules
-from edge_daemon.logger import CsvLog, event_row, model_row, task_row, telemetry_row
-from edge_daemon.messages import Event, Priority, Result, compact
+from edge_daemon.logger import CsvLog, Timings, event_row, model_row, task_row, telemetry_row
+from edge_daemon.messages import Address, Event, Priority, Result, Status, compact
 from edge_daemon.model_pool import Catalogue, Change, ModelPolicy, ModelPool, PoolLimits, memory_limits
 from edge_daemon.mqtt_bridge import Handlers, MqttBridge
-from edge_daemon.ollama import Deadlines, Ollama, normalise
+from edge_daemon.ollama import Answer, Deadlines, Ollama, normalise
 from edge_daemon.scheduler import Policy
 from edge_daemon.store import Limits, Store
-from edge_daemon.telemetry import Sampler, TaskMeter, memory_available, memory_total
+from edge_daemon.telemetry import (
+    Board,
+    OllamaState,
+    Runners,
+    Sampler,
+    TaskMeter,
+    is_ollama_runner,
+    memory_available,
+    memory_total,
+)
 from edge_daemon.worker import Finished, Hooks, RunLimits, Worker
 
 log = logging.getLogger(__name__)
@@ -53,10 +62,10 @@ class Daemon:
 
     def __init__(self, config: Config, *, clock: Clock | None = None) -> None:
         self.config = config
-        self._clock = clock or Clock()
+        self.clock = clock or Clock()
         self._lock = _lock(config.data_dir)
         self._state = ("starting", "")
-        self._since = iso(self._clock.wall())
+        self._since = iso(self.clock.wall())
         self._broker_up = False
         self._ollama_up = True
         self._unsynced: deque[tuple[int, int]] = deque()  # (row, task) written to the CSV, not known to be on the disk
@@ -68,7 +77,9 @@ class Daemon:
     # -- build
 
     def _build(self) -> None:
-        config, clock = self.config, self._clock
+        config, clock = self.config, self.clock
+        self._board = Board()
+        self._runners = Runners(self._board, _is_runner)
         self.store = Store(config.data_dir / "queue.db", clock=clock, limits=_queue_limits(config))
         self.csv = CsvLog(
             config.csv_path,
@@ -77,14 +88,17 @@ class Daemon:
             text=config.csv.text,
             clock=clock,
         )
+        connect_timeout_s = config.ollama.connect_timeout_s
         self.ollama = Ollama(
             config.ollama.url,
-            connect_timeout_s=config.ollama.connect_timeout_s,
+            connect_timeout_s=connect_timeout_s,
             max_result_bytes=config.queue.max_result_bytes,
-            beat=lambda: self.worker.beat(),
+            beat=self._worker_beats,
         )
         self.estimates = Estimates(self.store.learnt(), self.store.learn)
-        self.catalogue = Catalogue(self.ollama, clock=clock, estimates=self.estimates, policy=self._policy)
+        # The intake asks the catalogue: its waiting is no sign of life of the worker's.
+        asking = Ollama(config.ollama.url, connect_timeout_s=connect_timeout_s)
+        self.catalogue = Catalogue(asking, clock=clock, estimates=self.estimates, policy=self._policy)
         self.pool = self._build_pool()
         self.worker = self._build_worker()
         handlers = Handlers(
@@ -124,7 +138,7 @@ class Daemon:
             policy=self._policy,
             catalogue=self.catalogue,
             estimates=self.estimates,
-            clock=self._clock,
+            clock=self.clock,
             available_bytes=memory_available,
             on_change=self._on_model_change,
         )
@@ -137,8 +151,8 @@ class Daemon:
             total_s=config.ollama.task_timeout_s,
         )
         hooks = Hooks(
-            status=lambda address, status: self.bridge.publish_status(address, status),
-            stream=lambda address, chunk: self.bridge.publish_stream(address, chunk),
+            status=self._on_status,
+            stream=self._on_stream,
             finished=self._on_finished,
             ollama=self._on_ollama,
         )
@@ -150,11 +164,22 @@ class Daemon:
             scheduler=_scheduler_policy(config),
             limits=RunLimits(deadlines=deadlines, max_attempts=config.queue.max_attempts),
             can_think=self._can_think,
-            meter=TaskMeter,
-            clock=self._clock,
+            meter=lambda: TaskMeter(self._board, self._runners),
+            clock=self.clock,
             hooks=hooks,
             preload=tuple(name for name, settings in self._settings.items() if settings.preload),
         )
+
+    # The worker and the bridge need each other: these are called only when both are there.
+
+    def _worker_beats(self) -> None:
+        self.worker.beat()
+
+    def _on_status(self, address: Address, status: Status) -> None:
+        self.bridge.publish_status(address, status)
+
+    def _on_stream(self, address: Address, chunk: dict[str, Any]) -> None:
+        self.bridge.publish_stream(address, chunk)
 
     def _settings_of(self, model: str) -> ModelSettings:
         return self._settings.get(model, self.config.models.defaults)
@@ -192,8 +217,8 @@ class Daemon:
 
     def _watch(self) -> str | None:
         """Look after everything until a signal (None) or a failure (which)."""
-        beats = {thread: (-1, 0.0) for thread in self._threads()}
-        pruned_at = self._clock.monotonic()
+        beats = dict.fromkeys(self._threads(), (-1, 0.0))
+        pruned_at = self.clock.monotonic()
         while True:
             got = signal.sigtimedwait(SIGNALS, BUSY_LOOK_S if self._busy() else IDLE_LOOK_S)
             if got is not None and got.si_signo != signal.SIGHUP:
@@ -204,16 +229,16 @@ class Daemon:
                 return failure
             systemd.watchdog()
             self._look_around()
-            if self._clock.monotonic() - pruned_at > PRUNE_S:
+            if self.clock.monotonic() - pruned_at > PRUNE_S:
                 self.store.prune()
-                pruned_at = self._clock.monotonic()
+                pruned_at = self.clock.monotonic()
 
     def _threads(self) -> tuple[Any, ...]:
         return (self.worker, self.telemetry, *self.bridge.threads)
 
     def _failed_thread(self, beats: dict[Any, tuple[int, float]]) -> str | None:
         """The first thread that has ended or been silent for too long; ``beats`` is what was seen before."""
-        now = self._clock.monotonic()
+        now = self.clock.monotonic()
         for thread, (count, since) in beats.items():
             if not thread.is_alive():
                 return f"thread {thread.name} has ended"
@@ -289,17 +314,22 @@ class Daemon:
         log.info("task %s/%s %s%s", result.src, result.id, result.state, _summary(result), extra={"fields": fields})
 
     def _task_row(self, finished: Finished) -> dict[str, object]:
+        ensured, decision = finished.ensured, finished.decision
+        loaded = ensured is not None and ensured.load_s > 0
         return task_row(
             finished.stored.task,
             finished.result,
-            usage=finished.usage,
-            answer=finished.answer,
-            evicted=finished.ensured.evicted if finished.ensured else (),
-            swap_reason=finished.decision.reason if finished.decision else "",
-            predicted_load_s=finished.ensured.predicted_s if finished.ensured else 0.0,
-            queue_depth=self.store.open_count(),
-            resident=tuple(state.name for state in self.pool.states),
+            finished.usage,
+            _timings(finished.answer) if finished.answer else None,
+            evicted_models=ensured.evicted if ensured else (),
+            swap_reason=decision.reason if decision and loaded else None,
+            predicted_load_ns=int(ensured.predicted_s * 1e9) if ensured and loaded else None,
+            queue_depth=sum(self.store.depth().values()),
+            resident_models=self._resident(),
         )
+
+    def _resident(self) -> tuple[str, ...]:
+        return tuple(state.name for state in self.pool.states)
 
     def _rebuild_rows(self) -> None:
         """Write the rows that a crash kept from the log."""
@@ -337,7 +367,7 @@ class Daemon:
         self.store.mark_logged(logged)
 
     def _event(self, type_: str, *, severity: str = "info", data: dict[str, Any] | None = None) -> None:
-        event = Event(type=type_, ts=iso(self._clock.wall()), severity=severity, data=data or {})
+        event = Event(type=type_, ts=iso(self.clock.wall()), severity=severity, data=data or {})
         self._append(event_row(event))
         self.bridge.publish_event(event)
 
@@ -354,25 +384,26 @@ class Daemon:
         self._event("ollama_up" if up else "ollama_down", severity="info" if up else "warning")
 
     def _on_model_change(self, change: Change) -> None:
-        self._append(
-            model_row(
-                change,
-                memory_available_bytes=memory_available(),
-                resident=tuple(state.name for state in self.pool.states),
-            )
+        self._runners.find()
+        outcome = change.outcome
+        row = model_row(
+            change.model,
+            status=outcome,
+            reason=change.reason,
+            duration_ns=int(change.seconds * 1e9),
+            evicted_models=change.evicted,
+            predicted_load_ns=None if change.predicted_s is None else int(change.predicted_s * 1e9),
+            runner_rss_bytes=change.size_bytes or None,
+            memory_available_bytes=memory_available(),
+            resident_models=self._resident(),
+            error_code=change.error,
         )
-        what = "model_loaded" if change.action == "load" else "model_unloaded"
-        severity = "warning" if change.error else "info"
-        text = f"{change.action} of {change.model} ({change.reason}): {change.error or f'{change.seconds:.2f} s'}"
-        log.log(
-            logging.WARNING if change.error else logging.INFO, "%s", text, extra={"fields": {"MODEL": change.model}}
-        )
-        event = Event(
-            type=what if change.error is None else f"model_{change.action}_failed",
-            ts=iso(self._clock.wall()),
-            severity=severity,
-            data=_change_data(change),
-        )
+        self._append(row)
+        level, severity = (logging.WARNING, "warning") if change.error else (logging.INFO, "info")
+        result = change.error or f"{change.seconds:.2f} s"
+        fields = {"MODEL": change.model}
+        log.log(level, "%s %s (%s): %s", change.model, outcome, change.reason, result, extra={"fields": fields})
+        event = Event(type=f"model_{outcome}", ts=iso(self.clock.wall()), severity=severity, data=_change_data(change))
         self.bridge.publish_event(event)
         self._publish_changed("models", self._models())
 
@@ -382,7 +413,7 @@ class Daemon:
             troubles += [] if self._ollama_up else ["Ollama does not answer"]
             state, reason = ("degraded", ", ".join(troubles)) if troubles else ("ready", "")
         if (state, reason) != self._state:
-            self._state, self._since = (state, reason), iso(self._clock.wall())
+            self._state, self._since = (state, reason), iso(self.clock.wall())
         self._publish_changed("state", {"state": state, "since": self._since, "reason": reason})
 
     def _queue(self) -> dict[str, Any]:
@@ -412,7 +443,7 @@ class Daemon:
             "api": 1,
             "node": self.config.node_name,
             "host": socket.gethostname(),
-            "boot": self._clock.boot_id(),
+            "boot": self.clock.boot_id(),
             "mqtt": self.bridge.protocol,
             "started": self._since,
             "limits": {
@@ -445,12 +476,16 @@ class Daemon:
         """Take one sample of the board and tell it."""
         states = self.pool.states
         sample = self.telemetry.sampler.sample(
-            ollama={
-                "up": self._ollama_up,
-                "resident": [state.name for state in states],
-                "resident_bytes": sum(state.size_bytes for state in states),
-            },
-            daemon={"queued": self.store.open_count(), "unsent": self.store.unsent_count()},
+            OllamaState(
+                reachable=self._ollama_up,
+                resident_models=tuple(state.name for state in states),
+                resident_bytes=sum(state.size_bytes for state in states),
+            ),
+            ts=iso(self.clock.wall()),
+            boot=self.clock.boot_id(),
+            clock_synced=self.clock.synced(),
+            queue_depth=sum(self.store.depth().values()),
+            outbox=self.store.unsent_count(),
         )
         self._append(telemetry_row(sample))
         self.bridge.publish_telemetry(sample)
@@ -462,7 +497,7 @@ class _TelemetryThread(threading.Thread):
     def __init__(self, daemon: Daemon) -> None:
         super().__init__(name="telemetry", daemon=True)
         self.beats = 0
-        self.sampler = Sampler(daemon.config.data_dir, clock=daemon._clock)
+        self.sampler = Sampler(data_dir=daemon.config.data_dir, board=Board())
         self._daemon = daemon
         self._interval_s = daemon.config.telemetry.interval_s
         self._stopping = threading.Event()
@@ -493,6 +528,10 @@ def _lock(data_dir: Path) -> int:
     return handle
 
 
+def _is_runner(command: Sequence[str]) -> bool:
+    return is_ollama_runner(command) or "edge_daemon.embedded.runner" in command
+
+
 def _queue_limits(config: Config) -> Limits:
     queue = config.queue
     return Limits(
@@ -508,6 +547,17 @@ def _scheduler_policy(config: Config) -> Policy:
     return Policy(
         soft_wait_s={Priority.HIGH: soft.high, Priority.NORMAL: soft.normal, Priority.LOW: soft.low},
         urgent_swap_share=config.scheduler.urgent_swap_share,
+    )
+
+
+def _timings(answer: Answer) -> Timings:
+    return Timings(
+        total_duration_ns=answer.total_ns,
+        load_duration_ns=answer.load_ns,
+        prompt_eval_count=answer.prompt_tokens,
+        prompt_eval_duration_ns=answer.prompt_eval_ns,
+        eval_count=answer.output_tokens,
+        eval_duration_ns=answer.eval_ns,
     )
 
 

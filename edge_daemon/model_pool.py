@@ -9,6 +9,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from edge_daemon.clock import Clock
 from edge_daemon.errors import DeadlineExceeded, ModelError, ModelMissing, ModelTooLarge, NoMemory, OllamaDown
@@ -64,6 +65,13 @@ class Change:
     predicted_bytes: int = 0
     evicted: tuple[str, ...] = ()
     error: str | None = None
+
+    @property
+    def outcome(self) -> Literal["loaded", "unloaded", "load_failed", "unload_failed"]:
+        """The change in one word."""
+        if self.action == "load":
+            return "load_failed" if self.error else "loaded"
+        return "unload_failed" if self.error else "unloaded"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

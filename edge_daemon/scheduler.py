@@ -3,17 +3,28 @@
 ``choose`` is a pure function of a ``View``: no clock, no log, no I/O. The same view gives the same decision, which is
 what lets the simulator in ``benchmarks/`` drive the product's own scheduler. What must be remembered from one decision
 to the next is a ``Turn``, and ``advance`` makes the next one.
+
+The caller's loop: ask. When the answer has ``not_before_s``, wait that long or for the next arrival, and ask again.
+When its model is not resident, load it, ``advance`` with the load, and ask again, since tasks may have come or gone
+meanwhile. Else run the task, and ``advance`` with the run.
 """
 
-import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from edge_daemon.messages import Priority
 
+WEIGHT = {Priority.URGENT: 16.0, Priority.HIGH: 4.0, Priority.NORMAL: 1.0, Priority.LOW: 0.25}
+"""What a second of waiting costs."""
 RATE_WINDOW_S = 600.0
 """How long an arrival counts towards the rate of its model, in the mean."""
+SETTLE_SHARE = 0.04
+"""A load for tasks that have only just come is put off by this share of its length, to see the rest of a burst."""
+HEAD_OF_LINE_EVERY = 3
+"""Each so many picks of a turn go to the task that is overdue most, so that short ones cannot starve a long one."""
+SEARCH_MODELS = 5
+"""Orders of so many models are compared exactly; a search over more would cost more than it finds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,18 +34,18 @@ class Policy:
     soft_wait_s: Mapping[Priority, float] = field(
         default_factory=lambda: {Priority.HIGH: 60.0, Priority.NORMAL: 300.0, Priority.LOW: 1800.0}
     )
-    """After this wait a task is overdue. Urgent tasks never are: they go first anyway."""
+    """After this wait a task is overdue. An urgent one is at once."""
     urgent_swap_share: float = 0.25
     """The share of time that may go into loads for urgent tasks."""
     urgent_burst_s: float = 60.0
     """How much of that share can be saved up."""
     quantum_loads: float = 8.0
-    """An overdue task of another model waits until the current one has worked this many times its load time."""
+    """A loaded model works this many times its load time before an overdue task may force another load."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Head:
-    """The oldest waiting task of one class: one model, one priority, one size of work."""
+    """The oldest waiting task of one class: one model, one priority, one size of work (``size_class``)."""
 
     seq: int
     model: str
@@ -56,7 +67,7 @@ class Cost:
     run_s: float
     """Mean seconds of one task."""
     rate_per_s: float = 0.0
-    """How often a task for it arrives, lately; see ``decayed_rate``."""
+    """How often a task for it arrives, lately (``decayed_rate``)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,16 +82,18 @@ class Resident:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
-    """What the past means for the next decision. The first one is made by ``advance(None, ...)``."""
+    """What the past means for the next decision: the turn that began with the last load."""
 
     model: str
-    """The model that ran last."""
+    """The model that was loaded or ran last."""
     used_s: float
-    """Seconds of service since it was switched to."""
+    """Seconds of service since the last load."""
     picks: int = 0
-    """Tasks run in this turn."""
+    """Tasks run since the last load."""
+    load_s: float = 0.0
+    """Seconds that the last load took."""
     recent: tuple[str, ...] = ()
-    """Every model that has had a turn, the longest ago first."""
+    """Every model that has had service, the longest ago first."""
     urgent_credit_s: float = 0.0
     """Seconds of loading that urgent tasks may still cause."""
 
@@ -100,12 +113,16 @@ class View:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """Run task ``seq`` on ``model`` after unloading ``evict``, in that order; ``reason`` is for the log."""
+    """Run task ``seq`` on ``model`` after unloading ``evict``, in that order; ``reason`` is for the log.
+
+    ``not_before_s``: seconds from now that a load is better put off; an arrival ends the wait.
+    """
 
     seq: int
     model: str
     evict: tuple[str, ...]
     reason: str
+    not_before_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,118 +134,283 @@ class Prefetch:
 
 
 def choose(view: View) -> Decision | None:
-    """The next task, or None when none waits (or none can be given room).
+    """The next task, or None when none waits (or none can be given room). The first rule that applies decides.
 
-    1. The highest priority counts first.
-    2. Within it, a task of the model that ran last, then of any resident model, then of any other.
-    3. Within that, the oldest.
+    1. Urgent: a resident model's urgent task; another's while the urgent credit pays for the load.
+    2. Loaded: what has been loaded is used before anything else is loaded.
+    3. Turn: each third pick goes to the resident models' task that is overdue most.
+    4. Overdue: a model out of memory with an overdue task is loaded, the one without service for longest first, but
+       not before the last load has paid for itself, unless no resident model has work. No other loads meanwhile.
+    5. Plan: the order of models that costs least waiting, as far as is known now.
     """
-    resident = {r.model for r in view.resident}
-    current = view.turn.model if view.turn else None
-
-    def rank(head: Head) -> tuple[int, bool, bool, int]:
-        return (head.priority.rank, head.model != current, head.model not in resident, head.seq)
-
-    for head in sorted(view.heads, key=rank):
-        evict = evict_for(head.model, view)
-        if evict is not None:
-            reason = "resident" if head.model in resident else "oldest"
-            return Decision(seq=head.seq, model=head.model, evict=evict, reason=reason)
+    desk = _Desk(view)
+    if not desk.queues:
+        return None
+    for rule in (_urgent, _loaded, _overdue_resident, _overdue, _planned):
+        decision = rule(desk)
+        if decision is not None:
+            return decision
     return None
 
 
 def advance(
-    turn: Turn | None, decision: Decision, *, load_s: float, run_s: float, idle_s: float, policy: Policy
+    turn: Turn | None,
+    decision: Decision,
+    *,
+    load_s: float = 0.0,
+    run_s: float = 0.0,
+    idle_s: float = 0.0,
+    policy: Policy,
 ) -> Turn:
-    """The turn after ``decision`` was carried out.
+    """The turn after a load, a run, or both, of what ``choose`` returned; the first turn is made from None.
 
     Args:
         turn: the one before.
-        decision: what ``choose`` returned.
-        load_s: seconds that the load took, 0 when the model was resident.
-        run_s: seconds of the generation; a preempted or failed one counts with what it used.
-        idle_s: seconds since the end of the step before, in which nothing ran.
+        decision: what was carried out.
+        load_s: seconds of the load, if there was one.
+        run_s: seconds of the generation, if there was one; a preempted or failed one counts with what it used.
+        idle_s: seconds before, in which nothing was loaded or run.
         policy: as in the view.
     """
-    credit_s = policy.urgent_burst_s if turn is None else turn.urgent_credit_s
-    credit_s = min(policy.urgent_burst_s, credit_s + policy.urgent_swap_share * (load_s + run_s + idle_s))
-    if decision.reason == "urgent":
-        credit_s -= load_s
-    if turn is not None and turn.model == decision.model and load_s == 0:
-        return Turn(
-            model=turn.model,
-            used_s=turn.used_s + run_s,
-            picks=turn.picks + 1,
-            recent=turn.recent,
-            urgent_credit_s=credit_s,
-        )
-    recent = () if turn is None else tuple(m for m in turn.recent if m != decision.model)
+    before = turn or Turn(model="", used_s=0.0, urgent_credit_s=policy.urgent_burst_s)
+    earned_s = policy.urgent_swap_share * (load_s + run_s + idle_s)
+    spent_s = load_s if decision.reason == "urgent" else 0.0
+    new = load_s > 0
     return Turn(
         model=decision.model,
-        used_s=run_s,
-        picks=1,
-        recent=(*recent, decision.model),
-        urgent_credit_s=credit_s,
+        used_s=run_s if new else before.used_s + run_s,
+        picks=(0 if new else before.picks) + (run_s > 0),
+        load_s=load_s if new else before.load_s,
+        recent=(*(m for m in before.recent if m != decision.model), decision.model),
+        urgent_credit_s=min(policy.urgent_burst_s, before.urgent_credit_s + earned_s) - spent_s,
     )
 
 
 def preempts(view: View, running: Priority) -> bool:
     """Whether an urgent task waits that should stop the running generation between two tokens."""
-    if running is Priority.URGENT:
-        return False
-    decision = choose(view)
-    return decision is not None and decision.reason == "urgent"
+    return running is not Priority.URGENT and _urgent(_Desk(view)) is not None
 
 
 def prefetch(view: View, running: str) -> Prefetch | None:
-    """The model to load while ``running`` generates: one with tasks waiting, at the cost of idle models only."""
+    """The model to load while ``running`` generates: the next of the plan that needs only the room of idle models."""
+    desk = _Desk(view)
+    keep = desk.pinned | {running, *desk.queues}
+    for model, _ in desk.plan(desk.queues):
+        if model not in desk.resident:
+            for evict in desk.evictions(model, desk.resident, keep, frozenset()):
+                return Prefetch(model=model, evict=tuple(sorted(evict)))
     return None
 
 
-def estimate_wait(view: View, head: Head) -> float:
-    """Seconds until ``head`` has its answer, if nothing else arrives."""
-    return 0.0
+def estimate_wait(view: View, head: Head) -> float | None:
+    """Seconds until ``head`` has its answer if nothing else arrives; None when its model can be given no room.
+
+    ``head`` may be a task that is not in the view yet. Its ``count`` is its place in its class.
+    """
+    desk = _Desk(view, also=head)
+    resident = desk.resident
+    wait_s = 0.0
+    for model, evict in desk.plan(desk.queues):
+        wait_s += 0.0 if model in resident else view.costs[model].load_s
+        resident = resident - evict | {model}
+        if model == head.model:
+            key = desk.pick_key(head)
+            return wait_s + sum(h.run_s * h.count for h in desk.queues[model] if h is head or desk.pick_key(h) < key)
+        wait_s += desk.work_s[model]
+    return None
 
 
 def size_class(run_s: float) -> int:
-    """The class of work of a task: tasks of one class differ by less than a factor of two."""
+    """The class of work of a task: two of one class differ by less than a factor of two."""
     return math.floor(math.log2(max(run_s, 0.1)))
 
 
 def decayed_rate(rate_per_s: float, elapsed_s: float, *, arrivals: int) -> float:
-    """An arrival rate brought forward by ``elapsed_s``, at whose end ``arrivals`` came."""
+    """An arrival rate brought forward by ``elapsed_s``, at the end of which ``arrivals`` tasks came."""
     return rate_per_s * math.exp(-elapsed_s / RATE_WINDOW_S) + arrivals / RATE_WINDOW_S
 
 
-def evict_for(model: str, view: View) -> tuple[str, ...] | None:
-    """The models to unload, cheapest to lose first, so that ``model`` fits; None when even that is not enough.
-
-    A pinned model is never given up. A model with waiting tasks is given up after one without.
-    """
-    if any(r.model == model for r in view.resident):
-        return ()
-    need = view.costs[model].size_bytes
-    used = sum(r.size_bytes for r in view.resident)
-    count = len(view.resident)
-    evicted: list[str] = []
-    victims = _by_loss((r for r in view.resident if not r.pinned), view)
-    while used + need > view.budget_bytes or (view.max_resident is not None and count >= view.max_resident):
-        if not victims:
-            return None
-        victim = victims.pop(0)
-        evicted.append(victim.model)
-        used -= victim.size_bytes
-        count -= 1
-    return tuple(evicted)
+def _urgent(desk: "_Desk") -> Decision | None:
+    urgent = [h for heads in desk.queues.values() for h in heads if h.priority is Priority.URGENT]
+    turn = desk.view.turn
+    credit_s = desk.view.policy.urgent_burst_s if turn is None else turn.urgent_credit_s
+    for head in sorted(urgent, key=lambda h: (h.model not in desk.resident, h.seq)):
+        if head.model in desk.resident or desk.view.costs[head.model].load_s <= credit_s:
+            return desk.decide(head.model, "urgent", head)
+    return None
 
 
-def _by_loss(residents: Iterable[Resident], view: View) -> list[Resident]:
-    """Models in the order in which they are best given up."""
-    waiting: dict[str, int] = {}
-    for head in view.heads:
-        waiting[head.model] = waiting.get(head.model, 0) + head.count
+def _loaded(desk: "_Desk") -> Decision | None:
+    turn = desk.view.turn
+    if turn is None or turn.picks > 0 or turn.model not in desk.resident or turn.model not in desk.queues:
+        return None
+    return desk.decide(turn.model, "loaded", desk.most_overdue([turn.model]))
 
-    def loss(resident: Resident) -> tuple[bool, float, str]:
-        return (resident.model in waiting, -resident.idle_s, resident.model)
 
-    return sorted(residents, key=loss)
+def _overdue_resident(desk: "_Desk") -> Decision | None:
+    turn = desk.view.turn
+    if turn is None or turn.picks % HEAD_OF_LINE_EVERY:
+        return None
+    head = desk.most_overdue(desk.resident)
+    return head and desk.decide(head.model, "turn", head)
+
+
+def _overdue(desk: "_Desk") -> Decision | None:
+    outside = [m for m in desk.queues if m not in desk.resident and desk.most_overdue([m], reachable=True)]
+    if not outside:
+        return None
+    turn = desk.view.turn
+    ready = [m for m in desk.queues if m in desk.resident]
+    if ready and turn and turn.used_s < desk.view.policy.quantum_loads * turn.load_s:
+        return desk.decide(desk.plan(ready)[0][0], "quantum")
+    recent = {model: i for i, model in enumerate(turn.recent if turn else ())}
+    return desk.decide(min(outside, key=lambda m: (recent.get(m, -1), m)), "overdue")
+
+
+def _planned(desk: "_Desk") -> Decision:
+    model, evict = desk.plan(desk.queues)[0]
+    settle_s = 0.0
+    if model not in desk.resident:
+        oldest_s = max(h.waited_s for heads in desk.queues.values() for h in heads)
+        settle_s = max(0.0, SETTLE_SHARE * desk.view.costs[model].load_s - oldest_s)
+    return desk.decide(model, "plan", evict=evict, not_before_s=settle_s)
+
+
+class _Desk:
+    """A view, laid out for one decision."""
+
+    def __init__(self, view: View, also: Head | None = None) -> None:
+        self.view = view
+        self.resident = frozenset(r.model for r in view.resident)
+        self.pinned = frozenset(r.model for r in view.resident if r.pinned)
+        self.sizes = {r.model: r.size_bytes for r in view.resident}
+        self.queues: dict[str, list[Head]] = {}
+        for head in (*view.heads, also) if also else view.heads:
+            self.queues.setdefault(head.model, []).append(head)
+        for model in list(self.queues):
+            self.sizes.setdefault(model, view.costs[model].size_bytes)
+            if not self._fits({model, *self.pinned}):
+                del self.queues[model]
+        self.work_s = {m: sum(h.run_s * h.count for h in heads) for m, heads in self.queues.items()}
+        self.weight = {m: sum(WEIGHT[h.priority] * h.count for h in heads) for m, heads in self.queues.items()}
+        total = sum(cost.rate_per_s for cost in view.costs.values()) or 1.0
+        # The load that the next arrival will cost, in the mean, if the model is not resident by then.
+        self.reload_s = {m: cost.load_s * cost.rate_per_s / total for m, cost in view.costs.items()}
+
+    def decide(
+        self,
+        model: str,
+        reason: str,
+        head: Head | None = None,
+        *,
+        evict: frozenset[str] | None = None,
+        not_before_s: float = 0.0,
+    ) -> Decision:
+        """The decision for a task of ``model``, by default the best of its heads and the cheapest eviction."""
+        if evict is None:
+            evict = self._search(frozenset([model]), self.resident, {})[2]
+        head = head or min(self.queues[model], key=self.pick_key)
+        victims = tuple(sorted(evict, key=lambda m: (self.worth(m, frozenset(self.queues)), m)))
+        return Decision(seq=head.seq, model=model, evict=victims, reason=reason, not_before_s=not_before_s)
+
+    def age(self, head: Head) -> float:
+        """1 when overdue. A task with a short time to live is overdue at half of it."""
+        if head.priority is Priority.URGENT:
+            return math.inf
+        limit_s = self.view.policy.soft_wait_s[head.priority]
+        if head.expires_in_s is not None:
+            limit_s = min(limit_s, (head.waited_s + head.expires_in_s) / 2)
+        return head.waited_s / max(limit_s, 1e-3)
+
+    def pick_key(self, head: Head) -> tuple[float, int]:
+        """Aged weighted shortest first."""
+        return (head.run_s / (WEIGHT[head.priority] * (1 + self.age(head))), head.seq)
+
+    def most_overdue(self, models: Iterable[str], *, reachable: bool = False) -> Head | None:
+        """The head of these models that is overdue most; ``reachable``: and does not expire during a load."""
+        overdue = [
+            head
+            for model in models
+            for head in self.queues.get(model, ())
+            if self.age(head) >= 1
+            and not (reachable and head.expires_in_s is not None and head.expires_in_s < self.view.costs[model].load_s)
+        ]
+        return max(overdue, key=lambda h: (self.age(h), -h.seq), default=None)
+
+    def plan(self, models: Iterable[str]) -> list[tuple[str, frozenset[str]]]:
+        """Models with their evictions, in the order of service that costs least weighted waiting."""
+
+        def index(model: str) -> tuple[float, str]:
+            load_s = 0.0 if model in self.resident else self.view.costs[model].load_s
+            return (-self.weight[model] / (load_s + self.work_s[model]), model)
+
+        ranked = sorted(models, key=index)
+        waiting, resident = frozenset(ranked[:SEARCH_MODELS]), self.resident
+        memo: _Memo = {}
+        steps = []
+        while waiting:
+            _, model, evict = self._search(waiting, resident, memo)
+            steps.append((model, evict))
+            waiting, resident = waiting - {model}, resident - evict | {model}
+        for model in ranked[SEARCH_MODELS:]:
+            _, _, evict = self._search(frozenset([model]), resident, memo)
+            steps.append((model, evict))
+            resident = resident - evict | {model}
+        return steps
+
+    def _search(self, waiting: frozenset[str], resident: frozenset[str], memo: "_Memo") -> "_Best":
+        """Exact: of all orders and evictions the least cost, with the first model to serve and whom to evict for it.
+
+        Cost is weighted waiting: while a model is loaded and served, all tasks behind it wait. A model's own tasks
+        wait for one another in every order alike, so that does not count. At the end stands what the next arrival
+        will have to wait for its load: that keeps models in memory that are asked for often.
+        """
+        if not waiting:
+            return (-sum(self.reload_s.get(m, 0.0) for m in resident), "", frozenset())
+        known = memo.get((waiting, resident))
+        if known:
+            return known
+        everyone = sum(self.weight[m] for m in waiting)
+        best: _Best = (math.inf, "", frozenset())
+        for model in sorted(waiting):
+            behind = waiting - {model}
+            delay = self.work_s[model] * (everyone - self.weight[model])
+            if model not in resident:
+                delay += self.view.costs[model].load_s * everyone
+            for evict in self.evictions(model, resident, self.pinned, behind):
+                cost = delay + self._search(behind, resident - evict | {model}, memo)[0]
+                if cost < best[0]:
+                    best = (cost, model, evict)
+        memo[waiting, resident] = best
+        return best
+
+    def evictions(
+        self, model: str, resident: frozenset[str], keep: frozenset[str], waiting: frozenset[str]
+    ) -> list[frozenset[str]]:
+        """Ways to make room: any single model that is enough, else the cheapest models until it is enough."""
+        if model in resident or self._fits(resident | {model}):
+            return [frozenset()]
+        victims = sorted(resident - keep, key=lambda m: (self.worth(m, waiting), m))
+        single = [frozenset([v]) for v in victims if self._fits(resident - {v} | {model})]
+        if single:
+            return single
+        for count in range(2, len(victims) + 1):
+            if self._fits(resident.difference(victims[:count]) | {model}):
+                return [frozenset(victims[:count])]
+        return []
+
+    def worth(self, model: str, waiting: frozenset[str]) -> float:
+        """What is lost per byte when ``model`` is unloaded: tasks that wait or will come, times its load."""
+        cost = self.view.costs[model]
+        tasks = self.weight[model] if model in waiting else 0.0
+        return (tasks + cost.rate_per_s * cost.load_s) * cost.load_s / self.sizes[model]
+
+    def _fits(self, models: Iterable[str]) -> bool:
+        models = frozenset(models)
+        if self.view.max_resident is not None and len(models) > self.view.max_resident:
+            return False
+        return sum(self.sizes[m] for m in models) <= self.view.budget_bytes
+
+
+_Best = tuple[float, str, frozenset[str]]
+_Memo = dict[tuple[frozenset[str], frozenset[str]], _Best]

@@ -307,6 +307,7 @@ class Worker(threading.Thread):
             return
         log.debug("task %d begins on %s (%s)", decision.seq, decision.model, decision.reason)
         self._tell(running.stored, TaskState.RUNNING)
+        finished: Finished | None
         try:
             finished = self._attempt(running)
         except Interrupted as error:

@@ -39,7 +39,10 @@ User: The soil moisture is 12 %. Is the soil dry?
 Assistant: Yes, 12 % is dry. The plant needs water.
 
 User: Classify this reading as normal or alarm: pressure 9 bar, limit 6 bar
-Assistant: alarm
+Assistant: Alarm. 9 bar is above the limit of 6 bar.
+
+User: Classify this reading as normal or alarm: pressure 4 bar, limit 6 bar
+Assistant: Normal. 4 bar is below the limit of 6 bar.
 {% for message in messages %}
 {%- if message['role'] == 'assistant' %}
 Assistant: {{ message['content'] }}
@@ -217,7 +220,7 @@ _PACKAGES = {
         _gemma3,
         license="Gemma Terms of Use",
         chat_template=_GEMMA_TEMPLATE,
-        stop=("User:", "Assistant:", "\n\n"),
+        stop=("\nUser:", "Assistant:", "\n\n"),
         answer_lead=" ",
     ),
 }

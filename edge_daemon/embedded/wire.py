@@ -20,7 +20,7 @@ _FOR_EVER = timedelta(days=292 * 365)
 _DURATION_PART = re.compile(r"(\d+\.?\d*|\.\d+)(ns|us|µs|μs|ms|s|m|h)")
 _UNIT_S = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 
-# Options that only shape an answer, in Ollama's names, with its defaults where llama.cpp has others.
+# Options that only shape an answer, in Ollama's names, with defaults that suit small models.
 _SAMPLING: Mapping[str, type] = {
     "frequency_penalty": float,
     "min_p": float,
@@ -41,6 +41,7 @@ _SAMPLING_DEFAULTS: Mapping[str, Any] = {
     "temperature": 0.8,
     "top_p": 0.9,
     "min_p": 0.0,
+    "repeat_penalty": 1.05,  # found by trial: without it these small models fall into loops, with more they ramble
 }
 # Options of the loaded model itself: a change means loading it anew.
 _RUNNER: Mapping[str, type] = {
