@@ -11,12 +11,13 @@ import random
 import re
 import ssl
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, Self
 
 from paho.mqtt.client import MQTT_ERR_SUCCESS, Client, MQTTMessage
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
@@ -53,6 +54,9 @@ STRIKES = 3
 """A result whose sending ends the connection this often, sent alone, is set aside."""
 MEMORY = 1000
 """Status messages and events kept for sending at most; results are kept by the store."""
+
+UNSUPPORTED_VERSION = 132
+"""The reason code of a broker that does not speak MQTT 5."""
 
 LEVEL = re.compile(r"[A-Za-z0-9_.:-]+")
 MAX_TOPIC_BYTES = 256
@@ -483,7 +487,7 @@ class _Network(_Thread):
 
     def _fall_back(self, connection: _Connection) -> bool:
         """Whether the broker knows no MQTT 5, so that the next attempt speaks 3.1.1."""
-        unsupported = connection.refusal is not None and connection.refusal.value == 132
+        unsupported = connection.refusal is not None and connection.refusal.value == UNSUPPORTED_VERSION
         if not (unsupported and self._may_fall_back and connection.is_v5):
             return False
         log.info("the broker does not speak MQTT 5: using 3.1.1")
@@ -887,3 +891,129 @@ def _fitted(result: Result, max_packet_bytes: int) -> Result:
     # JSON may need two bytes and more for one of text: a third of what is left is certain to fit.
     text = result.text.encode("utf-8", "replace")[: max(0, kept // 3)].decode("utf-8", "ignore")
     return replace(result, text=text, json=None, truncated=True)
+
+
+# -- for the commands that a person runs -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Received:
+    """One message as a ``Device`` got it. ``retain``: the broker had kept it."""
+
+    topic: str
+    payload: bytes
+    retain: bool
+
+
+class Device:
+    """A connection for as long as its ``with`` block: it subscribes, sends and waits, all in the caller's thread.
+
+    Every method raises OSError, in words for a person, when the broker is out of reach, refuses or falls silent.
+    """
+
+    def __init__(self, config: Config, *, password: str | None = None, timeout_s: float = 10.0) -> None:
+        self.is_v5 = config.mqtt.protocol != "3.1.1"
+        self._config = config
+        self._password = password
+        self._timeout_s = timeout_s
+        self._messages: deque[Received] = deque()
+        self._answers: dict[int, list[ReasonCode]] = {}  # to SUBSCRIBE and PUBLISH, by packet id
+        self._welcome: ReasonCode | None = None
+        self._name = f"broker {config.mqtt.host}:{config.mqtt.port}"
+
+    def __enter__(self) -> Self:
+        """Connect with MQTT 5, or with 3.1.1 when the broker knows nothing newer."""
+        welcome = self._connect()
+        if welcome.value == UNSUPPORTED_VERSION and self.is_v5 and self._config.mqtt.protocol == "auto":
+            self.is_v5 = False
+            welcome = self._connect()
+        self._check(welcome, "the connection")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._client.disconnect()
+
+    def subscribe(self, topic_filter: str) -> None:
+        """Have all messages sent to us that match, at QoS 1; returns once the broker has agreed."""
+        self._check(self._answer_to(self._client.subscribe(topic_filter, 1)[1]), f"to send {topic_filter}")
+
+    def publish(
+        self,
+        topic: str,
+        payload: bytes | str,
+        *,
+        response_topic: str | None = None,
+        fields: Mapping[str, str] | None = None,
+    ) -> None:
+        """Send at QoS 1; returns once the broker has it. MQTT 3.1.1 has neither response topic nor ``fields``."""
+        properties = None
+        if self.is_v5:
+            properties = _properties(PacketTypes.PUBLISH, UserProperty=list((fields or {}).items()))
+            if response_topic is not None:
+                properties.ResponseTopic = response_topic
+        sent = self._client.publish(topic, payload, 1, properties=properties)
+        self._check(self._answer_to(sent.mid), f"a message on {topic}")
+
+    def get(self, timeout_s: float) -> Received | None:
+        """The next message, None when none has come within that time."""
+        self._serve_until(lambda: bool(self._messages), timeout_s)
+        return self._messages.popleft() if self._messages else None
+
+    def _connect(self) -> ReasonCode:
+        mqtt = self._config.mqtt
+        self._client = client = Client(
+            CallbackAPIVersion.VERSION2,
+            protocol=MQTTProtocolVersion.MQTTv5 if self.is_v5 else MQTTProtocolVersion.MQTTv311,
+        )
+        client.connect_timeout = self._timeout_s
+        if mqtt.username is not None:
+            client.username_pw_set(mqtt.username, self._password)
+        if mqtt.tls.enabled:
+            client.tls_set_context(_tls_context(self._config))
+        client.on_connect = self._on_connect
+        client.on_message = self._on_message
+        client.on_subscribe = self._on_subscribe
+        client.on_publish = self._on_publish
+        return self._welcomed(client)
+
+    def _welcomed(self, client: Client) -> ReasonCode:
+        self._welcome = None
+        try:
+            client.connect(self._config.mqtt.host, self._config.mqtt.port)
+        except OSError as error:
+            raise ConnectionError(f"{self._name} does not answer: {error}") from error
+        self._serve_until(lambda: self._welcome is not None, self._timeout_s)
+        if self._welcome is None:
+            raise TimeoutError(f"{self._name}: no answer within {self._timeout_s:g} s")
+        return self._welcome
+
+    def _answer_to(self, mid: int | None) -> ReasonCode:
+        if mid is not None and self._serve_until(lambda: mid in self._answers, self._timeout_s):
+            return self._answers.pop(mid)[0]
+        raise TimeoutError(f"{self._name}: no answer within {self._timeout_s:g} s")
+
+    def _serve_until(self, done: Callable[[], bool], timeout_s: float) -> bool:
+        """Exchange packets until ``done()`` or the end of the time; whether it was done."""
+        deadline = time.monotonic() + timeout_s
+        while not done() and (left_s := deadline - time.monotonic()) > 0:
+            if self._client.loop(min(left_s, 1.0)) != MQTT_ERR_SUCCESS and not done():
+                raise ConnectionError(f"{self._name}: connection lost")
+        return done()
+
+    def _check(self, reason: ReasonCode, what: str) -> None:
+        if reason.is_failure:
+            raise ConnectionError(f"{self._name} refuses {what}: {reason}")
+
+    def _on_connect(self, _client: Client, _userdata: Any, _flags: Any, reason: ReasonCode, _properties: Any) -> None:
+        self._welcome = reason
+
+    def _on_message(self, _client: Client, _userdata: Any, message: MQTTMessage) -> None:
+        self._messages.append(
+            Received(topic=message.topic, payload=bytes(message.payload), retain=bool(message.retain))
+        )
+
+    def _on_subscribe(self, _client: Client, _userdata: Any, mid: int, reasons: list[ReasonCode], _: Any) -> None:
+        self._answers[mid] = reasons
+
+    def _on_publish(self, _client: Client, _userdata: Any, mid: int, reason: ReasonCode, _: Any) -> None:
+        self._answers[mid] = [reason]
