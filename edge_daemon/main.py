@@ -65,10 +65,11 @@ class Daemon:
         self.clock = clock or Clock()
         self._lock = _lock(config.data_dir)
         self._state = ("starting", "")
-        self._since = iso(self.clock.wall())
+        self._since = self._started = iso(self.clock.wall())
         self._broker_up = False
         self._ollama_up = True
         self._unsynced: deque[tuple[int, int]] = deque()  # (row, task) written to the CSV, not known to be on the disk
+        self._state_lock = threading.Lock()  # guards _state, _since and _published: several threads tell
         self._csv_lock = threading.Lock()  # guards _unsynced and the order of rows in it
         self._published: dict[str, str] = {}
         self._settings = {normalise(name): config.models.for_model(name) for name in config.models.settings}
@@ -205,6 +206,7 @@ class Daemon:
     def _start(self) -> None:
         config = self.config
         log.info("edge-llm %s starts: node %s, data in %s", __version__, config.node_name, config.data_dir)
+        logging.getLogger("urllib3").setLevel(logging.INFO)  # it would tell of every request
         self._rebuild_rows()
         for thread in (self.worker, self.telemetry):
             thread.start()
@@ -377,6 +379,7 @@ class Daemon:
         if type_ in ("broker_connected", "broker_lost"):
             self._broker_up = type_ == "broker_connected"
             self._publish_info()
+            self._set_state()
         self._event(type_, severity=severity, data=data)
 
     def _on_ollama(self, up: bool) -> None:  # noqa: FBT001
@@ -408,13 +411,18 @@ class Daemon:
         self._publish_changed("models", self._models())
 
     def _set_state(self, state: str | None = None, reason: str = "") -> None:
-        if state is None:
-            troubles = [] if self._broker_up else ["no broker"]
-            troubles += [] if self._ollama_up else ["Ollama does not answer"]
-            state, reason = ("degraded", ", ".join(troubles)) if troubles else ("ready", "")
-        if (state, reason) != self._state:
-            self._state, self._since = (state, reason), iso(self.clock.wall())
-        self._publish_changed("state", {"state": state, "since": self._since, "reason": reason})
+        """Tell how we are: ``state`` when it is said, else ready or what is missing."""
+        with self._state_lock:
+            if state is None and self._state[0] in ("draining", "stopped"):
+                return
+            if state is None:
+                troubles = [] if self._broker_up else ["no broker"]
+                troubles += [] if self._ollama_up else ["Ollama does not answer"]
+                state, reason = ("degraded", ", ".join(troubles)) if troubles else ("ready", "")
+            if (state, reason) != self._state:
+                self._state, self._since = (state, reason), iso(self.clock.wall())
+            data = {"state": state, "since": self._since, "reason": reason}
+        self._publish_changed("state", data)
 
     def _queue(self) -> dict[str, Any]:
         running = self.worker.running()
@@ -445,7 +453,7 @@ class Daemon:
             "host": socket.gethostname(),
             "boot": self.clock.boot_id(),
             "mqtt": self.bridge.protocol,
-            "started": self._since,
+            "started": self._started,
             "limits": {
                 "payload_bytes": queue.max_payload_bytes,
                 "tasks": queue.max_tasks,
@@ -458,9 +466,11 @@ class Daemon:
     def _publish_changed(self, name: str, data: dict[str, Any]) -> None:
         """A retained topic, sent only when it says something new."""
         text = compact(data)
-        if self._published.get(name) != text:
+        with self._state_lock:
+            if self._published.get(name) == text:
+                return
             self._published[name] = text
-            self.bridge.publish_state(name, data)
+        self.bridge.publish_state(name, data)
 
     def _summary(self) -> str:
         """One line for ``systemctl status``."""
