@@ -386,16 +386,24 @@ class _Wire(HTTPAdapter):
         self._lock = threading.Lock()
         self._handle: socket.socket | None = None
         self._is_cut = False
+        self._pool: Any = None
 
     def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
         """The pool that the request will take its connection from."""
         pool: Any = super().get_connection_with_tls_context(*args, **kwargs)
         kind = _TlsConnection if pool.scheme == "https" else _Connection
         pool.ConnectionCls = partial(kind, on_connect=self._hold)
+        self._pool = pool
         return pool
 
+    def close(self) -> None:
+        """Close the connection at the end of the session; urllib3 alone would leave it to the garbage collector."""
+        if self._pool:
+            self._pool.close()
+        super().close()
+
     def cut(self) -> None:
-        """Close the connection, or keep it from being made."""
+        """End the connection, or keep it from being made."""
         with self._lock:
             self._is_cut = True
             handle, self._handle = self._handle, None

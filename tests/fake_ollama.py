@@ -514,13 +514,17 @@ class _Handler(BaseHTTPRequestHandler):
         seen = Seen(self.command, self.path, self.body, dict(self.headers))
         self.fake.requests.append(seen)
         try:
-            routes.get(self.path, self._unknown)()
-        except Refused as error:
-            self._refuse(error)
+            self._answer(routes.get(self.path, self._unknown))
         except (Aborted, OSError):
             seen.aborted = True
             self.close_connection = True
         seen.finished = True
+
+    def _answer(self, route: Callable[[], None]) -> None:
+        try:
+            route()
+        except Refused as error:
+            self._refuse(error)
 
     def _unknown(self) -> None:
         self.send(404, b"404 page not found", "text/plain")
