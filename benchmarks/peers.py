@@ -27,7 +27,7 @@ class Fifo:
         job = self._waiting.popleft()
         return Step(job=job, evict=board.lru_for(job.model.name))
 
-    def done(self, step: Step, load_s: float, board: Board) -> None:
+    def done(self, step: Step, *, load_s: float, run_s: float, board: Board) -> None:
         """Nothing to learn."""
 
 
@@ -63,7 +63,7 @@ class LoadedFirst:
         self._waiting.remove(job)
         return Step(job=job, evict=board.lru_for(job.model.name))
 
-    def done(self, step: Step, load_s: float, board: Board) -> None:
+    def done(self, step: Step, *, load_s: float, run_s: float, board: Board) -> None:
         """Nothing to learn."""
 
 
@@ -95,7 +95,7 @@ class Ollama:
                 return self._load_head(evict, board)
         return Step(job=self._granted.popleft()) if self._granted else None
 
-    def done(self, step: Step, load_s: float, board: Board) -> None:
+    def done(self, step: Step, *, load_s: float, run_s: float, board: Board) -> None:
         """Nothing to learn."""
 
     def _load_head(self, evict: tuple[str, ...], board: Board) -> Step:

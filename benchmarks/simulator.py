@@ -18,12 +18,17 @@ MODELS = {model.name: model for model in FLEET}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """Run ``job`` after unloading ``evict``; ``overhead_s`` passes besides loading and running."""
+    """Run ``job`` after unloading ``evict``; ``overhead_s`` passes besides loading and running.
+
+    ``wait_s``: do nothing for so long, or until the next arrival. ``ask_again``: after a load, decide anew.
+    """
 
     job: Job
     evict: tuple[str, ...] = ()
     reason: str = ""
     overhead_s: float = 0.0
+    wait_s: float = 0.0
+    ask_again: bool = False
 
 
 @dataclass(slots=True)
@@ -66,8 +71,8 @@ class Scheduler(Protocol):
     def step(self, board: Board) -> Step | None:
         """What to do now; None when nothing waits."""
 
-    def done(self, step: Step, load_s: float, board: Board) -> None:
-        """The step is over."""
+    def done(self, step: Step, *, load_s: float, run_s: float, board: Board) -> None:
+        """A load, a run, or both, are over."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,20 +129,27 @@ def simulate(trace: Trace, deciding: Scheduler, budget_bytes: int) -> Outcome:
         if step is None:
             board.now_s = coming[0].at_s
             continue
-        decided_s = board.now_s
+        name = step.job.model.name
+        log.append(f"{board.now_s:.6f} {step.job.seq} {name} {step.reason} {'+'.join(step.evict) or '-'}")
+        if step.wait_s:
+            over_s = board.now_s + step.wait_s
+            board.now_s = min(over_s, coming[0].at_s) if coming else over_s
+            continue
         load_s = _make_resident(step, board)
         loads += load_s > 0
         loading_s += load_s
-        board.now_s += load_s + step.overhead_s
+        if load_s and step.ask_again:
+            deciding.done(step, load_s=load_s, run_s=0.0, board=board)
+            continue
+        board.now_s += step.overhead_s
         served.append(Served(job=step.job, start_s=board.now_s, end_s=board.now_s + step.job.run_s))
-        board.now_s = served[-1].end_s
-        board.resident[step.job.model.name] = board.now_s
-        deciding.done(step, load_s, board)
-        log.append(f"{decided_s:.6f} {step.job.seq} {step.job.model.name} {step.reason} {'+'.join(step.evict) or '-'}")
+        board.now_s = board.resident[name] = served[-1].end_s
+        deciding.done(step, load_s=load_s, run_s=step.job.run_s, board=board)
     return Outcome(served=tuple(served), loads=loads, load_s=loading_s, makespan_s=board.now_s, log=tuple(log))
 
 
 def _make_resident(step: Step, board: Board) -> float:
+    """Unload and load as the step says; how long the load took."""
     for victim in step.evict:
         del board.resident[victim]
     name = step.job.model.name
@@ -145,6 +157,7 @@ def _make_resident(step: Step, board: Board) -> float:
         return 0.0
     board.resident[name] = board.now_s
     assert board.used_bytes() <= board.budget_bytes, f"over budget: {sorted(board.resident)}"
+    board.now_s += step.job.model.load_s
     return step.job.model.load_s
 
 
@@ -161,6 +174,7 @@ class Product:
         self._rate = dict.fromkeys(MODELS, 0.0)
         self._rated_s = 0.0
         self._turn: scheduler.Turn | None = None
+        self._decision: scheduler.Decision | None = None
         self._ended_s = 0.0
 
     def arrived(self, job: Job, board: Board) -> None:
@@ -175,24 +189,31 @@ class Product:
 
     def step(self, board: Board) -> Step | None:
         """Ask the product."""
-        decision = scheduler.choose(self.view(board))
-        if decision is None:
+        self._decision = scheduler.choose(self.view(board))
+        if self._decision is None:
             return None
-        queue = next(q for q in self._waiting.values() if q and q[0][0].seq == decision.seq)
-        step = Step(job=queue.popleft()[0], evict=decision.evict, reason=decision.reason)
-        return step
-
-    def done(self, step: Step, load_s: float, board: Board) -> None:
-        """Learn from what was seen."""
-        name, run_s = step.job.model.name, step.job.run_s
-        self._output[name] += 0.1 * (step.job.output_tokens - self._output[name])
-        self._run_s[name] += 0.1 * (run_s - self._run_s[name])
-        decision = scheduler.Decision(seq=step.job.seq, model=name, evict=step.evict, reason=step.reason)
-        idle_s = board.now_s - self._ended_s - load_s - run_s
-        self._turn = scheduler.advance(
-            self._turn, decision, load_s=load_s, run_s=run_s, idle_s=idle_s, policy=self._policy
+        queue = next(q for q in self._waiting.values() if q and q[0][0].seq == self._decision.seq)
+        return Step(
+            job=queue[0][0],
+            evict=self._decision.evict,
+            reason=self._decision.reason,
+            wait_s=self._decision.not_before_s,
+            ask_again=True,
         )
+
+    def done(self, step: Step, *, load_s: float, run_s: float, board: Board) -> None:
+        """Learn from what was seen."""
+        assert self._decision is not None
+        idle_s = board.now_s - self._ended_s - load_s - run_s
         self._ended_s = board.now_s
+        self._turn = scheduler.advance(
+            self._turn, self._decision, load_s=load_s, run_s=run_s, idle_s=idle_s, policy=self._policy
+        )
+        if run_s:
+            name = step.job.model.name
+            next(q for q in self._waiting.values() if q and q[0][0] is step.job).popleft()
+            self._output[name] += 0.1 * (step.job.output_tokens - self._output[name])
+            self._run_s[name] += 0.1 * (run_s - self._run_s[name])
 
     def view(self, board: Board) -> scheduler.View:
         """All that the product's decision depends on."""

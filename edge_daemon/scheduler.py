@@ -21,6 +21,8 @@ RATE_WINDOW_S = 600.0
 """How long an arrival counts towards the rate of its model, in the mean."""
 SETTLE_SHARE = 0.04
 """A load for tasks that have only just come is put off by this share of its length, to see the rest of a burst."""
+TICK_S = 0.001
+"""A shorter wait is none."""
 HEAD_OF_LINE_EVERY = 3
 """Each so many picks of a turn go to the task that is overdue most, so that short ones cannot starve a long one."""
 SEARCH_MODELS = 5
@@ -244,7 +246,9 @@ def _loaded(desk: "_Desk") -> Decision | None:
     turn = desk.view.turn
     if turn is None or turn.picks > 0 or turn.model not in desk.resident or turn.model not in desk.queues:
         return None
-    return desk.decide(turn.model, "loaded", desk.most_overdue([turn.model]))
+    head = desk.most_overdue([turn.model])
+    model = head.model if head else desk.plan(desk.ready)[0][0]
+    return desk.decide(model, "loaded", head)
 
 
 def _overdue_resident(desk: "_Desk") -> Decision | None:
@@ -260,9 +264,8 @@ def _overdue(desk: "_Desk") -> Decision | None:
     if not outside:
         return None
     turn = desk.view.turn
-    ready = [m for m in desk.queues if m in desk.resident]
-    if ready and turn and turn.used_s < desk.view.policy.quantum_loads * turn.load_s:
-        return desk.decide(desk.plan(ready)[0][0], "quantum")
+    if desk.ready and turn and turn.used_s < desk.view.policy.quantum_loads * turn.load_s:
+        return desk.decide(desk.plan(desk.ready)[0][0], "quantum")
     recent = {model: i for i, model in enumerate(turn.recent if turn else ())}
     return desk.decide(min(outside, key=lambda m: (recent.get(m, -1), m)), "overdue")
 
@@ -272,8 +275,8 @@ def _planned(desk: "_Desk") -> Decision:
     settle_s = 0.0
     if model not in desk.resident:
         oldest_s = max(h.waited_s for heads in desk.queues.values() for h in heads)
-        settle_s = max(0.0, SETTLE_SHARE * desk.view.costs[model].load_s - oldest_s)
-    return desk.decide(model, "plan", evict=evict, not_before_s=settle_s)
+        settle_s = SETTLE_SHARE * desk.view.costs[model].load_s - oldest_s
+    return desk.decide(model, "plan", evict=evict, not_before_s=settle_s if settle_s > TICK_S else 0.0)
 
 
 class _Desk:
@@ -291,6 +294,7 @@ class _Desk:
             self.sizes.setdefault(model, view.costs[model].size_bytes)
             if not self._fits({model, *self.pinned}):
                 del self.queues[model]
+        self.ready = [m for m in self.queues if m in self.resident]
         self.work_s = {m: sum(h.run_s * h.count for h in heads) for m, heads in self.queues.items()}
         self.weight = {m: sum(WEIGHT[h.priority] * h.count for h in heads) for m, heads in self.queues.items()}
         total = sum(cost.rate_per_s for cost in view.costs.values()) or 1.0
