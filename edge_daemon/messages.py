@@ -317,8 +317,10 @@ class Stored:
     attempt: int
     preempted: int
     accepted_at: float
-    partial: str
-    result: Result | None
+    result: Result | None = None
+    partial: str = ""
+    """The text of a generation that was put aside, of ``partial_tokens`` tokens."""
+    partial_tokens: int = 0
 
     @property
     def runs(self) -> int:

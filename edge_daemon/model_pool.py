@@ -24,6 +24,7 @@ MIB = 1 << 20
 UNLOAD_TIMEOUT_S = 30.0
 LEASE_MARGIN_S = 60.0
 PINNED_LEASE_S = 3600.0
+BEAT_S = 5.0
 CATALOGUE_PAUSE_S = 5.0
 """Ollama is asked for its list of models at most this often, however many tasks name unknown ones."""
 
@@ -78,6 +79,7 @@ class Change:
 class Ensured:
     """A model is resident: ``load_s`` is 0 when it was before."""
 
+    model: str = ""
     load_s: float = 0.0
     predicted_s: float = 0.0
     evicted: tuple[str, ...] = ()
@@ -165,6 +167,39 @@ class _Loaded:
     context_length: int | None = None
 
 
+class _Loading(threading.Thread):
+    """A load on its way, in a thread of its own, so that a resident model can work meanwhile."""
+
+    def __init__(self, model: str, load: Callable[[Interrupt], float], on_end: Callable[[], None]) -> None:
+        super().__init__(name=f"load-{model}", daemon=True)
+        self.model = model
+        self.interrupt = Interrupt()
+        self.seconds: float | None = None
+        self.error: Exception | None = None
+        self._load = load
+        self._on_end = on_end
+
+    def run(self) -> None:
+        try:
+            self.seconds = self._load(self.interrupt)
+        except Exception as error:  # raised again where the load is settled
+            self.error = error
+        self._on_end()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Order:
+    """What a load was started with, to be reported when it ends."""
+
+    thread: _Loading
+    reason: str
+    evicted: tuple[str, ...]
+    predicted_s: float
+    predicted_bytes: int
+    free_before: int
+    began_at: float
+
+
 class ModelPool:
     """The single writer to Ollama's memory.
 
@@ -176,6 +211,8 @@ class ModelPool:
         estimates: learns from every load.
         available_bytes: memory that could be used now without swapping.
         on_change: told of every load and unload; must not raise.
+        on_loaded: told when a load that was started has ended either way, from its own thread.
+        beat: called by a thread that waits here, at least every 5 s.
     """
 
     def __init__(
@@ -189,6 +226,8 @@ class ModelPool:
         clock: Clock,
         available_bytes: Callable[[], int],
         on_change: Callable[[Change], None],
+        on_loaded: Callable[[], None] = lambda: None,
+        beat: Callable[[], None] = lambda: None,
     ) -> None:
         self.limits = limits
         self.catalogue = catalogue
@@ -198,8 +237,11 @@ class ModelPool:
         self._clock = clock
         self._available_bytes = available_bytes
         self._on_change = on_change
+        self._on_loaded = on_loaded
+        self._beat = beat
         self._models: dict[str, _Loaded] = {}
-        self._waiting = threading.Event()  # never set: a pause that does not depend on the clock handed in
+        self._order: _Order | None = None
+        self._pause = threading.Event()  # never set: a pause that does not depend on the clock handed in
         self.states: tuple[ModelState, ...] = ()
         """What is resident, replaced whole at every change: any thread may read it."""
 
@@ -231,15 +273,25 @@ class ModelPool:
     def resident(self) -> tuple[Resident, ...]:
         """The resident models, for the scheduler."""
         now = self._clock.monotonic()
-        return tuple(
+        residents = [
             Resident(
                 model=name,
                 size_bytes=loaded.size_bytes,
                 idle_s=now - loaded.used_at,
                 pinned=self._policy(name).pinned,
             )
-            for name, loaded in self._models.items()
-        )
+            for name, loaded in list(self._models.items())
+        ]
+        if order := self._order:
+            # Its memory is spoken for, and nothing may push it out before it has been of use.
+            arriving = Resident(model=order.thread.model, size_bytes=order.predicted_bytes, idle_s=0.0, pinned=True)
+            residents.append(arriving)
+        return tuple(residents)
+
+    @property
+    def loading(self) -> str | None:
+        """The model of a load that is on its way."""
+        return self._order.thread.model if self._order else None
 
     def cost(self, model: str) -> Cost:
         """What it would take to have and to use ``model``, for the scheduler."""
@@ -249,8 +301,10 @@ class ModelPool:
 
     def room_bytes(self) -> int:
         """What resident models may take in all, now: the budget, less when others use the board's memory."""
-        resident = sum(loaded.size_bytes for loaded in self._models.values())
-        return min(self.limits.budget_bytes, resident + self._available_bytes() - self.limits.reserve_bytes)
+        return min(self.limits.budget_bytes, self._used_bytes() + self._available_bytes() - self.limits.reserve_bytes)
+
+    def _used_bytes(self) -> int:
+        return sum(loaded.size_bytes for loaded in list(self._models.values()))
 
     def check(self, model: str) -> None:
         """Raises ModelMissing or ModelTooLarge for a model that can never run here. Any thread may ask."""
@@ -263,64 +317,108 @@ class ModelPool:
 
     # -- changing
 
-    def ensure(
-        self, model: str, *, evict: Iterable[str] = (), reason: str, interrupt: Interrupt | None = None
-    ) -> Ensured:
+    def ensure(self, model: str, *, evict: Iterable[str] = (), reason: str) -> Ensured:
         """Make ``model`` resident, after unloading ``evict``. Does nothing when it is resident.
 
         Raises:
             NoMemory: it would break the budget; nothing was loaded.
             ModelError: the load failed.
-            Interrupted: by ``interrupt``.
+            Interrupted: by ``interrupt_load``.
         """
         name = normalise(model)
-        if name in self._models:
-            return Ensured()
+        if self.loading not in (None, name):
+            self.settle(wait=True)
+        if self.loading is None:
+            if name in self._models:
+                return Ensured()
+            self.start_loading(name, evict=evict, reason=reason)
+        return self.settle(wait=True) or Ensured()
+
+    def start_loading(self, model: str, *, evict: Iterable[str] = (), reason: str) -> None:
+        """Begin to load ``model`` after unloading ``evict``; ``settle`` ends it. One load at a time.
+
+        Raises:
+            NoMemory: it would break the budget; nothing was loaded.
+            ModelError: it cannot be loaded here, or an unload failed.
+        """
+        name = normalise(model)
         self.check(name)
         gone = tuple(victim for victim in map(normalise, evict) if self.unload(victim, reason=f"room for {name}"))
-        need, room = self.catalogue.size_bytes(name), self.room_bytes()
-        used = sum(loaded.size_bytes for loaded in self._models.values())
-        if used + need > room:
-            raise NoMemory(f"{name} needs about {need // MIB} MiB, {max(0, room - used) // MIB} MiB are free for it")
-        return self._load(name, gone, reason, interrupt)
+        need, room = self.catalogue.size_bytes(name), self.room_bytes() - self._used_bytes()
+        if need > room:
+            raise NoMemory(f"{name} needs about {need // MIB} MiB, {max(0, room) // MIB} MiB are free for it")
+        thread = _Loading(name, lambda interrupt: self._load(name, interrupt), self._on_loaded)
+        self._order = _Order(
+            thread=thread,
+            reason=reason,
+            evicted=gone,
+            predicted_s=self._estimates.load_s(name),
+            predicted_bytes=need,
+            free_before=self._available_bytes(),
+            began_at=self._clock.monotonic(),
+        )
+        self._publish()
+        thread.start()
 
-    def _load(self, name: str, evicted: tuple[str, ...], reason: str, interrupt: Interrupt | None) -> Ensured:
-        predicted_s, predicted_bytes = self._estimates.load_s(name), self.catalogue.size_bytes(name)
-        began, free_before = self._clock.monotonic(), self._available_bytes()
+    def _load(self, name: str, interrupt: Interrupt) -> float:
+        return self._ollama.load(
+            name,
+            options=self._policy(name).options,
+            keep_alive_s=self.lease_s(name),
+            timeout_s=self.limits.load_timeout_s,
+            interrupt=interrupt,
+        )
 
-        def report(seconds: float, size: int = 0, error: str | None = None) -> None:
-            change = Change(
-                action="load",
-                model=name,
-                reason=reason,
-                seconds=seconds,
-                predicted_s=predicted_s,
-                size_bytes=size,
-                predicted_bytes=predicted_bytes,
-                evicted=evicted,
-                error=error,
-            )
-            self._on_change(change)
+    def interrupt_load(self, reason: str) -> None:
+        """Break off the load that is on its way, if there is one. Any thread may ask."""
+        if order := self._order:
+            order.thread.interrupt.set(reason)
 
-        self._publish(loading=name)
-        try:
-            seconds = self._ollama.load(
-                name,
-                options=self._policy(name).options,
-                keep_alive_s=self.lease_s(name),
-                timeout_s=self.limits.load_timeout_s,
-                interrupt=interrupt,
-            )
-        except ModelError as error:
-            report(self._clock.monotonic() - began, error=f"{error.code}: {error}")
-            self._publish()
-            raise
-        size = self._measured(name, free_before)
+    def settle(self, *, wait: bool = False) -> Ensured | None:
+        """Take note of a load that has ended; None when there is none, or it still goes on and we do not wait.
+
+        Raises:
+            ModelError: the load failed.
+            Interrupted: it was broken off.
+        """
+        order = self._order
+        if order is None or (not wait and order.thread.is_alive()):
+            return None
+        while order.thread.is_alive():
+            order.thread.join(BEAT_S)
+            self._beat()
+        self._order = None
+        if order.thread.error is not None:
+            self._settle_failure(order, order.thread.error)
+        return self._settle_success(order, order.thread.seconds or 0.0)
+
+    def _settle_failure(self, order: _Order, error: Exception) -> None:
+        self._publish()
+        self._report(order, self._clock.monotonic() - order.began_at, error=_named(error))
+        raise error
+
+    def _settle_success(self, order: _Order, seconds: float) -> Ensured:
+        name = order.thread.model
+        size = self._measured(name, order.free_before)
         self._estimates.loaded(name, seconds=seconds, size_bytes=size)
         self._models[name] = _Loaded(size_bytes=size, used_at=self._clock.monotonic(), ours=True)
         self._publish()
-        report(seconds, size)
-        return Ensured(load_s=seconds, predicted_s=predicted_s, evicted=evicted)
+        self._report(order, seconds, size=size)
+        return Ensured(model=name, load_s=seconds, predicted_s=order.predicted_s, evicted=order.evicted)
+
+    def _report(self, order: _Order, seconds: float, *, size: int = 0, error: str | None = None) -> None:
+        change = Change(
+            action="load",
+            model=order.thread.model,
+            reason=order.reason,
+            seconds=seconds,
+            predicted_s=order.predicted_s,
+            size_bytes=size,
+            predicted_bytes=order.predicted_bytes,
+            evicted=order.evicted,
+            error=error,
+        )
+        self._on_change(change)
 
     def _measured(self, name: str, free_before: int) -> int:
         """The size by Ollama's account, or by the drop in available memory when that is plainly more."""
@@ -362,7 +460,8 @@ class ModelPool:
             if self._clock.monotonic() >= deadline:
                 log.warning("%s is still resident %g s after its unload", name, UNLOAD_TIMEOUT_S)
                 return False
-            self._waiting.wait(pause)
+            self._pause.wait(pause)
+            self._beat()
             pause = min(2 * pause, 1.0)
 
     def used(self, model: str) -> None:
@@ -421,7 +520,7 @@ class ModelPool:
             except (OllamaDown, DeadlineExceeded):
                 return
 
-    def _publish(self, loading: str | None = None, unloading: str | None = None) -> None:
+    def _publish(self, unloading: str | None = None) -> None:
         now = self._clock.monotonic()
         states = [
             ModelState(
@@ -434,9 +533,15 @@ class ModelPool:
             )
             for name, loaded in self._models.items()
         ]
-        if loading:
-            states.append(ModelState(name=loading, residency="loading", size_bytes=self.catalogue.size_bytes(loading)))
+        if order := self._order:
+            arriving = ModelState(name=order.thread.model, residency="loading", size_bytes=order.predicted_bytes)
+            states.append(arriving)
         self.states = tuple(states)
+
+
+def _named(error: Exception) -> str:
+    """An error as the log shows it: its code first."""
+    return f"{error.code}: {error}" if isinstance(error, ModelError) else f"interrupted: {error}"
 
 
 def memory_limits(*, total_bytes: int, budget_bytes: int | None, reserve_bytes: int | None) -> Mapping[str, int]:

@@ -41,6 +41,7 @@ CREATE TABLE tasks (
     unacked     INTEGER NOT NULL,           -- 1: no id of its sender's, and its PUBACK is not known to be out
     task        TEXT NOT NULL,              -- Task.to_json
     partial     TEXT NOT NULL DEFAULT '',   -- the text of an interrupted generation
+    partial_tokens INTEGER NOT NULL DEFAULT 0,
     result      TEXT,                       -- Result.to_json, once terminal
     finished_at REAL,                       -- wall clock
     sent        INTEGER NOT NULL DEFAULT 0, -- 1: its result is confirmed by the broker, 2: set aside as undeliverable
@@ -135,9 +136,7 @@ class Store:
             return Added(outcome="full")
         now = self._clock.monotonic()
         seq = self._insert(submission, digest, text, now)
-        stored = Stored(
-            seq=seq, task=task, state=TaskState.QUEUED, attempt=0, preempted=0, accepted_at=now, partial="", result=None
-        )
+        stored = Stored(seq=seq, task=task, state=TaskState.QUEUED, attempt=0, preempted=0, accepted_at=now)
         self._remember(stored, size)
         added.append(seq)
         return Added(outcome="new", stored=stored, position=self._ready.position(task.priority))
@@ -181,40 +180,43 @@ class Store:
         with self._lock:
             return self._ready.heads()
 
-    def claim(self, seq: int, *, resumed: bool = False) -> Stored | None:
+    def claim(self, seq: int) -> Stored | None:
         """Begin an attempt: the task is ``running`` and the attempt is counted, before it starts.
 
         Returns None when the task is no longer waiting (cancelled or expired meanwhile).
         """
-        count = "preempted" if resumed else "attempt"
         with self._lock:
             if seq not in self._ready:
                 return None
             with self._transaction():
-                self._db.execute(
-                    f"UPDATE tasks SET state = 'running', {count} = {count} + 1 WHERE seq = ?",  # noqa: S608
-                    (seq,),
-                )
+                self._db.execute("UPDATE tasks SET state = 'running', attempt = attempt + 1 WHERE seq = ?", (seq,))
             self._ready.discard(seq)
             return self._row("seq = ?", (seq,))
 
-    def release(self, seq: int, *, partial: str = "", forgive: bool = False) -> None:
-        """Set a running task back to waiting, in its old place.
+    def release(self, seq: int) -> Stored | None:
+        """Set a running task back to waiting, in its old place, after an attempt that failed."""
+        return self._set_back("UPDATE tasks SET state = 'queued' WHERE seq = ? AND result IS NULL", (seq,))
 
-        Args:
-            seq: the task.
-            partial: the text so far, to continue from.
-            forgive: do not count the attempt (we stopped it, it did not fail).
+    def put_aside(self, seq: int, *, partial: str, partial_tokens: int) -> Stored | None:
+        """Set a running task back to waiting because something else comes first: that is no failed attempt.
+
+        ``partial`` is its text so far, of ``partial_tokens`` tokens, to continue from.
         """
+        return self._set_back(
+            "UPDATE tasks SET state = 'queued', attempt = attempt - 1, preempted = preempted + 1,"
+            " partial = ?, partial_tokens = ? WHERE seq = ? AND result IS NULL",
+            (partial, partial_tokens, seq),
+        )
+
+    def _set_back(self, statement: str, values: tuple[object, ...]) -> Stored | None:
+        seq = values[-1]
         with self._lock:
             with self._transaction():
-                self._db.execute(
-                    "UPDATE tasks SET state = 'queued', partial = ?, attempt = attempt - ?"
-                    " WHERE seq = ? AND result IS NULL",
-                    (partial, forgive, seq),
-                )
-            if (stored := self._row("seq = ?", (seq,))) and stored.result is None:
+                self._db.execute(statement, values)
+            stored = self._row("seq = ? AND result IS NULL", (seq,))
+            if stored:
                 self._ready.add(stored)
+            return stored
 
     def finish(self, seq: int, result: Result) -> bool:
         """End a task: its one terminal record is stored, to be sent and logged. False when it has ended already."""
@@ -385,7 +387,7 @@ class Store:
     def _rows(self, where: str, values: tuple[object, ...]) -> Iterator[Stored]:
         with self._guard():
             cursor = self._db.execute(
-                "SELECT seq, task, state, attempt, preempted, accepted_at, partial, result"  # noqa: S608
+                "SELECT seq, task, state, attempt, preempted, accepted_at, partial, partial_tokens, result"  # noqa: S608
                 f" FROM tasks WHERE {where}",
                 values,
             )
@@ -495,7 +497,7 @@ def _set_aside(path: Path) -> Path:
 
 def _stored_from_row(row: tuple[Any, ...]) -> Stored:
     """The only place that turns a row into a record."""
-    seq, task, state, attempt, preempted, accepted_at, partial, result = row
+    seq, task, state, attempt, preempted, accepted_at, partial, partial_tokens, result = row
     return Stored(
         seq=seq,
         task=Task.from_dict(json.loads(task)),
@@ -504,6 +506,7 @@ def _stored_from_row(row: tuple[Any, ...]) -> Stored:
         preempted=preempted,
         accepted_at=accepted_at,
         partial=partial,
+        partial_tokens=partial_tokens,
         result=Result.from_dict(json.loads(result)) if result else None,
     )
 
