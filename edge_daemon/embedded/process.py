@@ -65,13 +65,14 @@ class Child:
         return line.decode(errors="replace")
 
     def log_output(self, name: str) -> None:
-        """Hand every further line to the log, so that the child never blocks on a full pipe."""
+        """Hand every further line to the log, so that the child never blocks on a full pipe; what is fine, at debug."""
         threading.Thread(target=self._log_lines, args=(name,), name=f"{name}-log", daemon=True).start()
 
     def _log_lines(self, name: str) -> None:
         with contextlib.suppress(OSError, ValueError):  # the pipe is closed under us by stop()
             for line in _pipe(self.process.stdout):
-                log.info("%s: %s", name, line.decode(errors="replace").rstrip())
+                level = logging.WARNING if b"error" in line.lower() or b"warning" in line.lower() else logging.DEBUG
+                log.log(level, "%s: %s", name, line.decode(errors="replace").rstrip())
 
     def exit_text(self) -> str:
         """How the ended process ended: "signal: killed", "exit status 1"."""
@@ -116,8 +117,10 @@ def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
 def die_with_parent(signal_number: signal.Signals) -> None:
     """Have the kernel send us `signal_number` when our parent dies; exit now if it has died already.
 
-    It survives exec, but not a change of user.
+    It survives exec, but not a change of user. A parent that blocks signals to wait for them, and whose mask we have
+    inherited, does not keep them from us.
     """
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal_number)
     poll = select.poll()
     poll.register(sys.stdin.fileno(), select.POLLHUP)
