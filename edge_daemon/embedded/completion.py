@@ -68,7 +68,7 @@ class Completions:
         """Each piece of text with llama.cpp's object that brought it; the last of these ends the answer."""
         body = llama_options(request, loaded.model, loaded.options.num_ctx)
         body["prompt"] = _fitting(loaded, _prompt(loaded, request), body, request)
-        lead = "" if request.raw or request.partial_answer is not None else loaded.model.answer_lead
+        lead = "" if request.raw or request.partial_answer is not None else loaded.model.manner.answer_lead
         with self._turns.turn(cancellation):
             chunks = loaded.complete(body, cancellation)
             try:
@@ -85,11 +85,13 @@ class Completions:
 def _prompt(loaded: LoadedModel, request: CompletionRequest) -> str:
     if request.raw:
         return request.prompt
+    manner, messages = loaded.model.manner, request.messages
+    if messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": manner.system}, *messages]
     begun = request.partial_answer
     if begun is None:
-        return loaded.prompt_of(request.messages)
-    before = request.messages[:-1] or [{"role": "user", "content": ""}]
-    return loaded.prompt_of(before) + loaded.model.answer_lead + begun
+        return loaded.prompt_of(messages)
+    return loaded.prompt_of(messages[:-1]) + manner.answer_lead + begun
 
 
 def _fitting(loaded: LoadedModel, prompt: str, body: Json, request: CompletionRequest) -> str | list[int]:

@@ -143,7 +143,7 @@ def _command(model: Model, options: RunnerOptions) -> list[str]:
     command = ["edge_daemon.embedded.runner", "--model", str(model.path)]
     command += ["--num-ctx", str(options.num_ctx), "--num-batch", str(options.num_batch)]
     command += ["--threads", str(options.threads(len(os.sched_getaffinity(0))))]
-    command += ["--chat-template", model.chat_template] if model.chat_template else []
+    command += ["--chat-template", model.manner.chat_template] if model.manner.chat_template else []
     command += ["--mmap"] if options.use_mmap else []
     return command + ([] if options.shift else ["--no-shift"])
 

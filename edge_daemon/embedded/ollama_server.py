@@ -297,10 +297,13 @@ def _running(resident: Resident) -> Json:
 
 
 def _shown(model: Model) -> Json:
+    manner = model.manner
+    parameters = [f"repeat_penalty {manner.repeat_penalty}", *(f"stop {json.dumps(text)}" for text in manner.stop)]
     return {
-        "license": model.license,
-        "modelfile": f"FROM {model.path}\n",
-        "parameters": "\n".join(f"stop {json.dumps(text)}" for text in model.stop),
+        "license": manner.license,
+        "modelfile": f"FROM {model.path}\nSYSTEM {manner.system}\n",
+        "parameters": "\n".join(parameters),
+        "system": manner.system,
         "template": model.template,
         "details": model.details,
         "model_info": model.info,

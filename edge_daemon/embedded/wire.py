@@ -20,7 +20,7 @@ _FOR_EVER = timedelta(days=292 * 365)
 _DURATION_PART = re.compile(r"(\d+\.?\d*|\.\d+)(ns|us|µs|μs|ms|s|m|h)")
 _UNIT_S = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 
-# Options that only shape an answer, in Ollama's names, with defaults that suit small models.
+# Options that only shape an answer, in Ollama's names, with its defaults where llama.cpp has others.
 _SAMPLING: Mapping[str, type] = {
     "frequency_penalty": float,
     "min_p": float,
@@ -41,7 +41,6 @@ _SAMPLING_DEFAULTS: Mapping[str, Any] = {
     "temperature": 0.8,
     "top_p": 0.9,
     "min_p": 0.0,
-    "repeat_penalty": 1.05,  # found by trial: without it these small models fall into loops, with more they ramble
 }
 # Options of the loaded model itself: a change means loading it anew.
 _RUNNER: Mapping[str, type] = {
@@ -251,14 +250,14 @@ def _typed(key: str, value: Any, wanted: type) -> Any:
 
 
 def llama_options(request: CompletionRequest, model: Model, num_ctx: int) -> Json:
-    """The sampling options in llama.cpp's names, with Ollama's defaults and the stop strings of the template."""
-    options = {**_SAMPLING_DEFAULTS, **request.sampling}
+    """The sampling options in llama.cpp's names, with Ollama's defaults and the model's own."""
+    options = {**_SAMPLING_DEFAULTS, "repeat_penalty": model.manner.repeat_penalty, **request.sampling}
     longest = _LONGEST_ANSWER_CONTEXTS * num_ctx
     asked = options.pop("num_predict")
     options["n_predict"] = asked if 0 <= asked <= longest else longest
     options["n_keep"] = options.pop("num_keep", 4)
     # A format's grammar knows where the answer ends; the template's stop strings could cut it short.
-    template_stop = () if request.raw or request.format is not None else model.stop
+    template_stop = () if request.raw or request.format is not None else model.manner.stop
     options["stop"] = [*template_stop, *options.pop("stop", [])]
     if request.format is not None:
         options["json_schema"] = request.format
