@@ -328,25 +328,25 @@ def mqtt_password(config: Config) -> str | None:
     Raises:
         ConfigError: the source is there but cannot be read, is empty or not UTF-8, or there is no user name to it.
     """
-    credential = Path(os.environ.get("CREDENTIALS_DIRECTORY", "/nonexistent"), PASSWORD_NAME)
+    credential = Path(os.environ.get("CREDENTIALS_DIRECTORY") or "/nonexistent", PASSWORD_NAME)
     if credential.exists():
-        source, data = f"credential {PASSWORD_NAME}", _read(f"credential {PASSWORD_NAME}", credential)[0]
+        password = _secret_file(f"credential {PASSWORD_NAME}", credential)
     elif config.mqtt.password_file:
-        source, data = "mqtt.password_file", _read_password_file(config.mqtt.password_file)
+        password = _secret_file("mqtt.password_file", config.mqtt.password_file)
     elif PASSWORD_VARIABLE in os.environ:
-        source, data = PASSWORD_VARIABLE, os.environb[PASSWORD_VARIABLE.encode()]
+        password = _secret(PASSWORD_VARIABLE, os.environb[PASSWORD_VARIABLE.encode()])
     else:
         return None
     if config.mqtt.username is None:
         raise ConfigError("mqtt.username: must be set, because there is a password")
-    return _secret(source, data)
+    return password
 
 
-def _read_password_file(path: Path) -> bytes:
-    data, mode = _read("mqtt.password_file", path)
+def _secret_file(source: str, path: Path) -> str:
+    data, mode = _read(source, path)
     if mode & stat.S_IROTH:
         log.warning("%s: every user can read it; chmod 600 is advised", path)
-    return data
+    return _secret(source, data)
 
 
 def _secret(source: str, data: bytes) -> str:
@@ -377,7 +377,7 @@ def _read_config(path: Path) -> str:
     if mode & stat.S_IWOTH:
         raise ConfigError(f"config: {path}: every user can change it, and through it the daemon; chmod o-w it")
     try:
-        return data.decode("utf-8-sig")
+        return data.decode()
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise ConfigError(f"line {line}: must be UTF-8") from None
@@ -396,9 +396,9 @@ class _Wrong(ConfigError):
 
 
 def _build(text: str, overrides: Mapping[str, object]) -> Config:
-    data, lines = _parse_yaml(text)
+    lines: dict[Keys, int] = {}
     try:
-        config: Config = _section(Config(), data, ())
+        config: Config = _section(Config(), _parse_yaml(text, lines), ())
         for dotted, value in overrides.items():
             keys = tuple(dotted.split("."))
             lines.pop(keys, None)  # a complaint about it is not one about the file
@@ -446,7 +446,7 @@ def _value(hint: Any, data: Any, keys: Keys, owner: Any) -> Any:
         if origin is Literal and data not in arguments:
             raise ValueError(f"must be one of {', '.join(map(_show, arguments))}")
         return data if origin is Literal else _typed(hint, data)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise _Wrong(keys, f"{error}, not {_kind(data)}") from None
 
 
@@ -532,7 +532,8 @@ def _check_together(config: Config) -> None:
 
 
 def _check_fallbacks(models: Models) -> None:
-    names = {models.default, *models.settings, *models.defaults.fallback}
+    named = [models.defaults, *models.settings.values()]
+    names = {models.default, *models.settings, *(name for settings in named for name in settings.fallback)}
     try:
         graphlib.TopologicalSorter({name: models.for_model(name).fallback for name in sorted(names)}).prepare()
     except graphlib.CycleError as error:
@@ -543,9 +544,8 @@ def _check_fallbacks(models: Models) -> None:
 # From text to data: a plain subset of YAML.
 
 
-def _parse_yaml(text: str) -> tuple[object, dict[Keys, int]]:
-    """The data in ``text``, and the line of every key."""
-    lines: dict[Keys, int] = {}
+def _parse_yaml(text: str, lines: dict[Keys, int]) -> object:
+    """The data in ``text``; the line of every key goes into ``lines``."""
     try:
         node = _Loader(text).get_single_node()
     except yaml.MarkedYAMLError as error:
@@ -557,7 +557,7 @@ def _parse_yaml(text: str) -> tuple[object, dict[Keys, int]]:
         raise ConfigError(f"line {line}: contains a character that YAML does not allow") from None
     except (ValueError, OverflowError):  # PyYAML lets these out for "\U00110000" and %YAML 1.9..9
         raise ConfigError("config: a number in it is out of range for YAML") from None
-    return (_plain(node, (), lines) if node else None), lines
+    return _plain(node, (), lines) if node else None
 
 
 class _Loader(yaml.BaseLoader):
@@ -600,9 +600,9 @@ def _plain(node: Any, keys: Keys, lines: dict[Keys, int]) -> object:
         line, name = key.start_mark.line + 1, key.value  # as it is written: `on:` is a key of that name
         if not isinstance(name, str):
             raise ConfigError(f"line {line}: a key must be text")
-        if name in data:
-            raise ConfigError(f"line {line}: {_Wrong((*keys, name), 'stands here twice')}")
         lines[*keys, name] = line
+        if name in data:
+            raise _Wrong((*keys, name), "stands here for the second time")
         data[name] = _plain(value, (*keys, name), lines)
     return data
 
