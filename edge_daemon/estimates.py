@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from edge_daemon.scheduler import decayed_rate
+
 # Measured on a Pi 4B: an SD card gives 40 MB/s, decoding reads 3.4 GB/s of weights, prefill is nine times as fast.
 GUESSED_READ_BYTES_PER_S = 40e6
 GUESSED_DECODE_BYTES_PER_S = 3.4e9
@@ -37,9 +39,10 @@ class Estimates:
     """
 
     def __init__(self, known: Mapping[str, Mapping[str, Any]], remember: Callable[[str, dict[str, Any]], None]) -> None:
-        self._lock = threading.Lock()  # guards _facts and _disk_bytes
+        self._lock = threading.Lock()  # guards all of these
         self._facts = {model: _facts(data) for model, data in known.items()}
         self._disk_bytes: dict[str, int] = {}
+        self._rates: dict[str, tuple[float, float]] = {}  # arrivals per second, and when that was brought up to date
         self._remember = remember
 
     # -- asking
@@ -66,6 +69,15 @@ class Estimates:
         """Seconds of its mean task."""
         return self.facts(model).run_s or self.run_s(model, task_type=None, prompt_tokens=32, max_tokens=1 << 20)
 
+    def rate_per_s(self, model: str, now: float) -> float:
+        """How often a task for it arrives, lately; ``now`` in monotonic seconds."""
+        with self._lock:
+            return self._rate(model, now, arrivals=0)
+
+    def _rate(self, model: str, now: float, *, arrivals: int) -> float:
+        rate, at = self._rates.get(model, (0.0, now))
+        return decayed_rate(rate, max(0.0, now - at), arrivals=arrivals)
+
     def _size(self, model: str) -> int:
         with self._lock:
             return self._disk_bytes.get(model) or self._facts.get(model, Facts()).size_bytes or 500_000_000
@@ -76,6 +88,11 @@ class Estimates:
         """The size of its file, from which all else is guessed."""
         with self._lock:
             self._disk_bytes[model] = size_bytes
+
+    def arrived(self, model: str, now: float) -> None:
+        """A task for it was accepted."""
+        with self._lock:
+            self._rates[model] = (self._rate(model, now, arrivals=1), now)
 
     def loaded(self, model: str, *, seconds: float, size_bytes: int) -> None:
         """A load was measured."""

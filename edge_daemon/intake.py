@@ -445,6 +445,7 @@ class _Draft:
         return Accepted(
             address=stored.task.address,
             seq=stored.seq,
+            model=stored.task.model,
             own_id=self.submission.own_id,
             status=status,
             result=stored.result,

@@ -22,7 +22,7 @@ from edge_daemon.errors import AlreadyRunning, ModelMissing, ModelTooLarge, Reje
 from edge_daemon.estimates import Estimates
 from edge_daemon.intake import Intake, Rules
 from edge_daemon.logger import CsvLog, Timings, event_row, model_row, task_row, telemetry_row
-from edge_daemon.messages import Address, Event, Priority, Result, Status, compact
+from edge_daemon.messages import Accepted, Address, Event, Priority, Result, Status, Task, compact
 from edge_daemon.model_pool import Catalogue, Change, ModelPolicy, ModelPool, PoolLimits, memory_limits
 from edge_daemon.mqtt_bridge import Handlers, MqttBridge
 from edge_daemon.ollama import Answer, Deadlines, Ollama, normalise
@@ -38,7 +38,8 @@ from edge_daemon.telemetry import (
     memory_available,
     memory_total,
 )
-from edge_daemon.worker import Finished, Hooks, RunLimits, Worker
+from edge_daemon.worker import Finished, Hooks, Worker
+from edge_daemon.worker import Rules as WorkRules
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +116,11 @@ class Daemon:
         )
         self.bridge = MqttBridge(config, handlers, password=mqtt_password(config))
         rules = Rules(
-            config=config, clock=clock, check_model=self._check_model, check_reply_to=self.bridge.check_reply_to
+            config=config,
+            clock=clock,
+            check_model=self._check_model,
+            check_reply_to=self.bridge.check_reply_to,
+            eta_s=self._eta_s,
         )
         self.intake = Intake(rules, self.store.add_many)
         self.telemetry = _TelemetryThread(self)
@@ -142,6 +147,8 @@ class Daemon:
             clock=self.clock,
             available_bytes=memory_available,
             on_change=self._on_model_change,
+            on_loaded=self._on_loaded,
+            beat=self._worker_beats,
         )
 
     def _build_worker(self) -> Worker:
@@ -156,15 +163,23 @@ class Daemon:
             stream=self._on_stream,
             finished=self._on_finished,
             ollama=self._on_ollama,
+            event=self._on_worker_event,
+        )
+        rules = WorkRules(
+            deadlines=deadlines,
+            max_attempts=config.queue.max_attempts,
+            scheduler=_scheduler_policy(config),
+            preempt=config.scheduler.preempt,
+            prefetch=config.pool.prefetch,
+            can_think=self._can_think,
+            fallbacks=self._fallbacks,
         )
         return Worker(
             store=self.store,
             pool=self.pool,
             ollama=self.ollama,
             estimates=self.estimates,
-            scheduler=_scheduler_policy(config),
-            limits=RunLimits(deadlines=deadlines, max_attempts=config.queue.max_attempts),
-            can_think=self._can_think,
+            rules=rules,
             meter=lambda: TaskMeter(self._board, self._runners),
             clock=self.clock,
             hooks=hooks,
@@ -176,11 +191,23 @@ class Daemon:
     def _worker_beats(self) -> None:
         self.worker.beat()
 
+    def _on_loaded(self) -> None:
+        self.worker.wake()
+
+    def _eta_s(self, task: Task) -> float | None:
+        return self.worker.eta_s(task)
+
     def _on_status(self, address: Address, status: Status) -> None:
         self.bridge.publish_status(address, status)
 
     def _on_stream(self, address: Address, chunk: dict[str, Any]) -> None:
         self.bridge.publish_stream(address, chunk)
+
+    def _on_worker_event(self, type_: str, severity: str, data: dict[str, Any]) -> None:
+        self._event(type_, severity=severity, data=data)
+
+    def _fallbacks(self, model: str) -> tuple[str, ...]:
+        return tuple(map(normalise, self._settings_of(model).fallback))
 
     def _settings_of(self, model: str) -> ModelSettings:
         return self._settings.get(model, self.config.models.defaults)
@@ -293,6 +320,10 @@ class Daemon:
 
     def _submit(self, batch: Any) -> Any:
         answers = self.intake.submit(batch)
+        now = self.clock.monotonic()
+        for answer in answers:
+            if isinstance(answer, Accepted) and not answer.status.duplicate:
+                self.estimates.arrived(answer.model, now)
         self.worker.wake()
         return answers
 
@@ -300,13 +331,18 @@ class Daemon:
         model = normalise(name)
         if self.config.models.only_listed and model not in {*self._settings, normalise(self.config.models.default)}:
             raise Rejected("unknown_model", f"model: {model} is not listed in the configuration")
-        try:
-            self.pool.check(model)
-        except ModelMissing as error:
-            raise Rejected("unknown_model", f"model: {error}") from None
-        except ModelTooLarge as error:
-            raise Rejected("model_too_large", f"model: {error}") from None
-        return model, self._settings_of(model)
+        failure: Rejected | None = None
+        for candidate in (model, *self._fallbacks(model)):
+            try:
+                self.pool.check(candidate)
+            except ModelMissing as error:
+                failure = failure or Rejected("unknown_model", f"model: {error}")
+            except ModelTooLarge as error:
+                failure = failure or Rejected("model_too_large", f"model: {error}")
+            else:
+                return model, self._settings_of(model)
+        assert failure is not None  # noqa: S101
+        raise failure
 
     def _on_finished(self, finished: Finished) -> None:
         result = finished.result

@@ -359,6 +359,7 @@ class Accepted:
 
     address: Address
     seq: int
+    model: str
     own_id: bool
     status: Status
     result: Result | None = None

@@ -179,6 +179,11 @@ class _Loading(threading.Thread):
         self._load = load
         self._on_end = on_end
 
+    @property
+    def ended(self) -> bool:
+        """Whether it is known how the load went."""
+        return self.seconds is not None or self.error is not None
+
     def run(self) -> None:
         try:
             self.seconds = self._load(self.interrupt)
@@ -255,6 +260,7 @@ class ModelPool:
         """
         try:
             listed = {normalise(running.name): running for running in self._ollama.running()}
+            listed.pop(self.loading or "", None)  # older versions list it before it is there
         except ModelError:
             self._models.clear()
             self._publish()
@@ -382,7 +388,7 @@ class ModelPool:
             Interrupted: it was broken off.
         """
         order = self._order
-        if order is None or (not wait and order.thread.is_alive()):
+        if order is None or not (wait or order.thread.ended):
             return None
         while order.thread.is_alive():
             order.thread.join(BEAT_S)
@@ -492,7 +498,8 @@ class ModelPool:
         """
         keep = set(map(normalise, wanted))
         due: list[float] = []
-        for name, idle_s in [(r.model, r.idle_s) for r in self.resident() if self._models[r.model].ours]:
+        now = self._clock.monotonic()
+        for name, idle_s in [(name, now - loaded.used_at) for name, loaded in self._models.items() if loaded.ours]:
             limit = PINNED_LEASE_S / 2 if self._policy(name).pinned else self.limits.idle_timeout_s
             if idle_s < limit:
                 due.append(limit - idle_s)
@@ -504,12 +511,7 @@ class ModelPool:
         return min(due, default=None)
 
     def _renew(self, name: str) -> None:
-        self._ollama.load(
-            name,
-            options=self._policy(name).options,
-            keep_alive_s=self.lease_s(name),
-            timeout_s=self.limits.load_timeout_s,
-        )
+        self._load(name, Interrupt())
         self.used(name)
 
     def unload_all(self, reason: str) -> None:

@@ -1,4 +1,4 @@
-"""The loop: choose, ensure, run, finish. One thread, because one board runs one generation at a time.
+"""The loop: choose, load, run, finish. One thread, because one board runs one generation at a time.
 
 It alone changes the model pool and runs tasks. What others ask of it (``cancel``, ``stop``, ``wake``) only sets flags
 and interrupts; it acts on them at the next token.
@@ -8,18 +8,20 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from edge_daemon import schema
+from edge_daemon.breaker import Breakers
 from edge_daemon.clock import Clock, iso
-from edge_daemon.errors import DeadlineExceeded, ModelError
+from edge_daemon.errors import DeadlineExceeded, ModelError, ModelMissing
 from edge_daemon.estimates import Estimates
 from edge_daemon.messages import (
     Address,
     Failure,
     Message,
+    Priority,
     Result,
     Status,
     Stored,
@@ -30,8 +32,19 @@ from edge_daemon.messages import (
 )
 from edge_daemon.model_pool import Ensured, ModelPool
 from edge_daemon.ollama import Answer, Deadlines, Generation, Interrupt, Interrupted, Ollama
-from edge_daemon.scheduler import Decision, Head, Turn, View, advance, choose
-from edge_daemon.scheduler import Policy as SchedulerPolicy
+from edge_daemon.scheduler import (
+    Cost,
+    Decision,
+    Head,
+    Policy,
+    Turn,
+    View,
+    advance,
+    choose,
+    estimate_wait,
+    preempts,
+    prefetch,
+)
 from edge_daemon.store import Store, Waiting
 from edge_daemon.telemetry import TaskMeter, TaskUsage
 
@@ -43,8 +56,8 @@ LOOK_S = 1.0
 """How old the knowledge of what is resident may be when a decision is made."""
 CHUNK_S = 0.25
 """Streamed text is sent about four times a second."""
-MAX_HOLD_S = 60.0
-"""A model that failed rests this long at most before it is tried again."""
+LONGEST_PAUSE_S = 30.0
+"""Ollama is asked again at least this often while it does not answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,26 +81,34 @@ class Hooks:
     finished: Callable[[Finished], None]
     ollama: Callable[[bool], None]
     """Whether Ollama answers, told when that changes."""
+    event: Callable[[str, str, dict[str, Any]], None]
+    """Type, severity and data of something worth telling."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RunLimits:
-    """Bounds of one run."""
+class Rules:
+    """How tasks are run."""
 
     deadlines: Deadlines
     max_attempts: int
+    scheduler: Policy
+    preempt: bool = True
+    prefetch: bool = True
+    can_think: Callable[[str], bool] = lambda _model: False
+    """Whether a model has to be told not to think aloud."""
+    fallbacks: Callable[[str], Sequence[str]] = lambda _model: ()
+    """The models that may answer for one that cannot, in this order."""
 
 
 @dataclass(slots=True, kw_only=True)
 class _Running:
-    """The task at hand. A cancel stops its generation; a load serves others too, and stops only with the daemon."""
+    """The task at hand."""
 
     stored: Stored
     decision: Decision
     began_at: float
+    ensured: Ensured
     interrupt: Interrupt = field(default_factory=Interrupt)
-    load_interrupt: Interrupt = field(default_factory=Interrupt)
-    ensured: Ensured | None = None
 
 
 class Worker(threading.Thread):
@@ -98,10 +119,9 @@ class Worker(threading.Thread):
         pool: what is in memory.
         ollama: runs the generations.
         estimates: what is known of the models' speed.
-        scheduler: the policy of ``choose``.
-        limits: deadlines and attempts.
-        can_think: whether a model has to be told not to think aloud.
+        rules: how tasks are run.
         meter: measures the board while a task runs.
+        preload: models to load at the start.
     """
 
     def __init__(
@@ -111,24 +131,19 @@ class Worker(threading.Thread):
         pool: ModelPool,
         ollama: Ollama,
         estimates: Estimates,
-        scheduler: SchedulerPolicy,
-        limits: RunLimits,
-        can_think: Callable[[str], bool],
+        rules: Rules,
         meter: Callable[[], TaskMeter],
         clock: Clock,
         hooks: Hooks,
-        preload: tuple[str, ...] = (),
+        preload: Iterable[str] = (),
     ) -> None:
         super().__init__(name="worker", daemon=True)
         self.beats = 0
-        self.turn: Turn | None = None
         self._store = store
         self._pool = pool
         self._ollama = ollama
         self._estimates = estimates
-        self._scheduler = scheduler
-        self._limits = limits
-        self._can_think = can_think
+        self._rules = rules
         self._meter = meter
         self._clock = clock
         self._hooks = hooks
@@ -137,11 +152,14 @@ class Worker(threading.Thread):
         self._stopping = threading.Event()
         self._lock = threading.Lock()  # guards _running, so that a cancel meets the task either waiting or running
         self._running: _Running | None = None
+        self._turn: Turn | None = None
         self._ended_at = clock.monotonic()
         self._looked_at = float("-inf")
         self._ollama_up: bool | None = None
-        self._failures = 0
-        self._holds: dict[str, tuple[float, float]] = {}  # models that failed: until when they rest, for how long
+        self._unanswered = 0
+        self._breakers = Breakers()
+        self._streams: dict[int, _Stream] = {}  # of tasks that have begun, by seq
+        self._fresh: dict[str, Ensured] = {}  # loads that no task has made use of yet
 
     # -- asked by others
 
@@ -158,6 +176,20 @@ class Worker(threading.Thread):
         running = self._running
         return (running.stored.task, self._clock.monotonic() - running.began_at) if running else None
 
+    def eta_s(self, task: Task) -> float | None:
+        """Seconds until ``task``, which is the newest, will have its answer if nothing else arrives."""
+        run_s = self._estimates.run_s(
+            task.model, task_type=task.task_type, prompt_tokens=task.prompt_tokens, max_tokens=task.max_tokens
+        )
+        head = Head(seq=1 << 62, model=task.model, priority=task.priority, waited_s=0.0, run_s=run_s, count=1)
+        view = self._view(self._store.heads(), also=task.model)
+        wait_s = estimate_wait(view, head)
+        running = self._running
+        if wait_s is None or running is None:
+            return wait_s
+        spent_s = self._clock.monotonic() - running.began_at
+        return wait_s + max(0.0, view.costs[running.decision.model].run_s - spent_s)
+
     def cancel(self, src: str | None, task_id: str) -> None:
         """End a task, whether it waits or runs; one that has ended or is not known is left alone."""
         found = [self._store.find(src, task_id)] if src is not None else self._store.find_open(task_id)
@@ -173,20 +205,22 @@ class Worker(threading.Thread):
             self._end_unrun(stored, TaskState.CANCELLED)
 
     def stop(self, *, drain_s: float) -> None:
-        """Take no further task; let the running one finish within ``drain_s``, then set it back. Returns at the end."""
+        """Take no further task; let the running one finish within ``drain_s``, else put it aside. Then return."""
         self._stopping.set()
         self._awake.set()
+        if self._running is None:
+            self._pool.interrupt_load("stopped")
         self.join(drain_s)
         self.hurry()
         self.join()
 
     def hurry(self) -> None:
-        """Set the running task back now."""
+        """Put the running task aside now."""
         self._stopping.set()
         self._awake.set()
+        self._pool.interrupt_load("stopped")
         with self._lock:
             if self._running is not None:
-                self._running.load_interrupt.set("stopped")
                 self._running.interrupt.set("stopped")
 
     # -- the loop
@@ -197,18 +231,19 @@ class Worker(threading.Thread):
             while not self._stopping.is_set():
                 self.beat()
                 self._awake.clear()
-                pause_s = self._turn()
+                pause_s = self._step()
                 if pause_s > 0:
                     self._awake.wait(min(pause_s, BEAT_S))
         except Exception:
             # Nobody above could handle it: main sees that the thread is gone and ends the process.
             log.exception("the worker failed")
 
-    def _turn(self) -> float:
+    def _step(self) -> float:
         """Do one thing. Returns the seconds after which to look again if nothing happens, 0 for at once."""
         self._expire()
+        self._settle()
         if not self._look():
-            return min(30.0, 2.0 ** min(self._failures, 5) / 2)
+            return min(LONGEST_PAUSE_S, 2.0 ** min(self._unanswered, 5) / 2)
         if self._preload:
             self._load_ahead(self._preload.pop(0))
             return 0
@@ -216,7 +251,17 @@ class Worker(threading.Thread):
         decision = choose(self._view(waiting))
         if decision is None:
             return self._idle(waiting)
-        self._run(decision)
+        if decision.not_before_s > 0:
+            return decision.not_before_s
+        if any(resident.model == decision.model for resident in self._pool.resident()):
+            self._run(decision)
+            return 0
+        if self._pool.loading is not None:
+            # One load at a time; the end of this one wakes us.
+            if decision.reason == "urgent":
+                self._pool.interrupt_load("urgent")
+            return BEAT_S
+        self._load(decision)
         return 0
 
     def _look(self) -> bool:
@@ -226,13 +271,16 @@ class Worker(threading.Thread):
         try:
             self._pool.refresh()
         except ModelError as error:
-            self._failures += 1
+            self._unanswered += 1
             self._ollama_is(up=False, why=str(error))
             return False
         self._looked_at = self._clock.monotonic()
-        self._failures = 0
+        self._unanswered = 0
         self._ollama_is(up=True)
         return True
+
+    def _look_again(self) -> None:
+        self._looked_at = float("-inf")
 
     def _ollama_is(self, *, up: bool, why: str = "") -> None:
         """The edges only: down once, up once."""
@@ -247,57 +295,112 @@ class Worker(threading.Thread):
 
     def _idle(self, waiting: tuple[Waiting, ...]) -> float:
         """Nothing can be run: unload what has been idle too long."""
-        try:
-            due = [self._pool.sweep(head.model for head in waiting)]
-        except ModelError as error:
-            log.warning("could not unload: %s", error)
-            self._looked_at = float("-inf")
-            return 1.0
         now = self._clock.monotonic()
         expiry = self._store.next_expiry()
-        due.append(None if expiry is None else expiry - now)
-        due += [until - now for until, _ in self._holds.values() if until > now]
+        due = [None if expiry is None else expiry - now]
+        due.append(self._breakers.next_try({head.model for head in waiting}, now))
+        if self._pool.loading is None:
+            try:
+                due.append(self._pool.sweep(head.model for head in waiting))
+            except ModelError as error:
+                log.warning("could not unload: %s", error)
+                self._look_again()
+                return 1.0
         return max(0.01, min((seconds for seconds in due if seconds is not None), default=BEAT_S))
-
-    def _load_ahead(self, model: str) -> None:
-        try:
-            self._pool.ensure(model, reason="preload")
-        except ModelError as error:
-            log.warning("could not preload %s: %s", model, error)
 
     # -- choosing
 
-    def _view(self, waiting: tuple[Waiting, ...]) -> View:
+    def _view(self, waiting: Iterable[Waiting], *, also: str | None = None) -> View:
+        """The world as the scheduler sees it. ``also``: a model whose cost is wanted though no task waits for it."""
         now = self._clock.monotonic()
-        rested = [head for head in waiting if self._holds.get(head.model, (0.0, 0.0))[0] <= now]
         resident = self._pool.resident()
-        models = {head.model for head in rested} | {r.model for r in resident}
+        served = [(head, model) for head in waiting if (model := self._served_by(head.model, now))]
+        models = {model for _, model in served} | {r.model for r in resident} | ({also} if also else set())
         return View(
-            heads=tuple(self._head(head, now) for head in rested),
+            heads=tuple(self._head(head, model, now) for head, model in served),
             resident=resident,
-            costs={model: self._pool.cost(model) for model in sorted(models)},
+            costs={model: self._cost(model, now) for model in sorted(models)},
             budget_bytes=self._pool.room_bytes(),
-            turn=self.turn,
+            turn=self._turn,
             max_resident=self._pool.limits.max_resident,
-            policy=self._scheduler,
+            policy=self._rules.scheduler,
         )
 
-    def _head(self, waiting: Waiting, now: float) -> Head:
+    def _served_by(self, model: str, now: float) -> str | None:
+        """The model that is to answer for ``model``: itself, or a fallback while it fails; None when it has to rest.
+
+        A model on its way into memory takes no task before it is there, so that resident ones go on meanwhile.
+        """
+        if self._breakers.is_open(model) or self._pool.catalogue.has(model) is False:
+            for fallback in self._rules.fallbacks(model):
+                if not self._breakers.is_open(fallback) and self._pool.catalogue.has(fallback) is not False:
+                    model = fallback
+                    break
+        return model if self._breakers.may_try(model, now) and model != self._pool.loading else None
+
+    def _cost(self, model: str, now: float) -> Cost:
+        cost = self._pool.cost(model)
+        rate = self._estimates.rate_per_s(model, now)
+        return Cost(load_s=cost.load_s, size_bytes=cost.size_bytes, run_s=cost.run_s, rate_per_s=rate)
+
+    def _head(self, waiting: Waiting, model: str, now: float) -> Head:
         run_s = self._estimates.run_s(
-            waiting.model,
-            task_type=waiting.task_type,
-            prompt_tokens=waiting.prompt_tokens,
-            max_tokens=waiting.max_tokens,
+            model, task_type=waiting.task_type, prompt_tokens=waiting.prompt_tokens, max_tokens=waiting.max_tokens
         )
         return Head(
             seq=waiting.seq,
-            model=waiting.model,
+            model=model,
             priority=waiting.priority,
             waited_s=now - waiting.accepted_at,
             run_s=run_s,
             count=waiting.count,
             expires_in_s=waiting.expires_at - now,
         )
+
+    # -- loading
+
+    def _load(self, decision: Decision) -> None:
+        """Make the model of ``decision`` resident; the next step decides anew, since tasks may come meanwhile."""
+        began_at = self._clock.monotonic()
+        try:
+            ensured = self._pool.ensure(decision.model, evict=decision.evict, reason=decision.reason)
+        except ModelError as error:
+            self._load_failed(decision, error)
+            return
+        except Interrupted:
+            return
+        self._loaded(ensured)
+        self._advance(decision, load_s=ensured.load_s, began_at=began_at)
+
+    def _load_ahead(self, model: str) -> None:
+        try:
+            self._loaded(self._pool.ensure(model, reason="preload"))
+        except (ModelError, Interrupted) as error:
+            log.warning("could not preload %s: %s", model, error)
+
+    def _settle(self) -> None:
+        """Take note of a load that ran beside a generation."""
+        try:
+            ensured = self._pool.settle()
+        except Interrupted:
+            return
+        except ModelError as error:
+            log.debug("the load ahead failed: %s", error)
+            self._look_again()
+            return
+        if ensured is not None:
+            self._loaded(ensured)
+
+    def _loaded(self, ensured: Ensured) -> None:
+        if ensured.load_s > 0:
+            self._fresh[ensured.model] = ensured
+
+    def _load_failed(self, decision: Decision, error: ModelError) -> None:
+        """A failed load counts as an attempt of the task that it was for."""
+        log.warning("could not load %s: %s", decision.model, error)
+        running = self._claim(decision)
+        if running is not None:
+            self._conclude(running, self._failed(running, error))
 
     # -- running
 
@@ -309,59 +412,101 @@ class Worker(threading.Thread):
         self._tell(running.stored, TaskState.RUNNING)
         finished: Finished | None
         try:
+            self._prefetch(decision.model)
             finished = self._attempt(running)
         except Interrupted as error:
             finished = self._interrupted(running, error)
         except ModelError as error:
             finished = self._failed(running, error)
-        self._advance(running)
-        with self._lock:
-            self._running = None
-        if finished is not None:
-            self._end(finished)
+        self._advance(decision, began_at=running.began_at)
+        self._conclude(running, finished)
 
     def _claim(self, decision: Decision) -> _Running | None:
         with self._lock:
             stored = self._store.claim(decision.seq)
             if stored is None:
                 return None
-            self._running = _Running(stored=stored, decision=decision, began_at=self._clock.monotonic())
-            if self._stopping.is_set():
-                self._running.load_interrupt.set("stopped")
+            ensured = self._fresh.pop(decision.model, None) or Ensured(model=decision.model)
+            began_at = self._clock.monotonic()
+            self._running = _Running(stored=stored, decision=decision, began_at=began_at, ensured=ensured)
             return self._running
 
+    def _conclude(self, running: _Running, finished: Finished | None) -> None:
+        with self._lock:
+            self._running = None
+        if finished is not None:
+            self._end(finished)
+        else:
+            self._loaded(running.ensured)  # the next attempt is the one that the load was for
+
+    def _prefetch(self, running: str) -> None:
+        """Load the next model while this one works, if it needs only memory that nobody misses."""
+        if not self._rules.prefetch or self._pool.loading is not None:
+            return
+        plan = prefetch(self._view(self._store.heads()), running)
+        if plan is None:
+            return
+        try:
+            self._pool.start_loading(plan.model, evict=plan.evict, reason="prefetch")
+        except ModelError as error:
+            log.debug("no load ahead of %s: %s", plan.model, error)
+
     def _attempt(self, running: _Running) -> Finished:
-        task, decision = running.stored.task, running.decision
-        running.ensured = self._pool.ensure(
-            decision.model, evict=decision.evict, reason=decision.reason, interrupt=running.load_interrupt
-        )
+        stored, model = running.stored, running.decision.model
+        task = stored.task
         meter = self._meter()
-        stream = _Stream(task.address, self._hooks.stream) if task.stream else None
+        stream = self._stream(stored) if task.stream else None
+
+        def on_text(text: str) -> None:
+            if stream:
+                stream.add(text)
+            if self._awake.is_set():
+                self._make_way(running)
+
         answer = self._ollama.generate(
-            self._generation(task, decision.model),
-            deadlines=self._limits.deadlines,
-            on_text=stream.add if stream else _ignore,
+            self._generation(stored, model),
+            deadlines=self._rules.deadlines,
+            on_text=on_text,
             interrupt=running.interrupt,
         )
         if stream:
             stream.close()
-        self._pool.used(decision.model)
-        self._holds.pop(decision.model, None)
-        self._learn(task, decision.model, answer)
-        result = self._result(running, **_outcome(task, answer))
+        self._pool.used(model)
+        if self._breakers.succeeded(model):
+            self._hooks.event("breaker_closed", "info", {"model": model})
+        self._learn(task, model, answer)
+        result = self._result(running, **_outcome(stored, answer))
         return self._finished(running, result, answer=answer, usage=meter.finish())
 
-    def _generation(self, task: Task, model: str) -> Generation:
-        options = {**self._pool.options(model), **task.options, "num_predict": task.max_tokens}
+    def _stream(self, stored: Stored) -> "_Stream":
+        """The same one over all runs of a task, so that its numbers go on rising."""
+        if stored.seq not in self._streams:
+            self._streams[stored.seq] = _Stream(stored.task.address, self._hooks.stream)
+        return self._streams[stored.seq]
+
+    def _make_way(self, running: _Running) -> None:
+        """Something has arrived while a task runs: an urgent one may be served first."""
+        self._awake.clear()
+        may = self._rules.preempt and running.stored.task.preemptible and not self._stopping.is_set()
+        if not (may and self._store.depth()[Priority.URGENT]):
+            return
+        if preempts(self._view(self._store.heads()), running.stored.task.priority):
+            running.interrupt.set("preempted")
+
+    def _generation(self, stored: Stored, model: str) -> Generation:
+        task = stored.task
+        num_predict = max(1, task.max_tokens - stored.partial_tokens)
         messages = task.messages or (Message(role="user", content=task.prompt or ""),)
+        if stored.partial:
+            messages = (*messages, Message(role="assistant", content=stored.partial))
         return Generation(
             model=model,
             messages=messages,
             system=task.system,
-            options=options,
+            options={**self._pool.options(model), **task.options, "num_predict": num_predict},
             format=task.format,
             keep_alive_s=self._pool.lease_s(model),
-            can_think=self._can_think(model),
+            can_think=self._rules.can_think(model),
         )
 
     def _learn(self, task: Task, model: str, answer: Answer) -> None:
@@ -375,56 +520,86 @@ class Worker(threading.Thread):
             run_s=answer.wall_s,
         )
 
-    def _advance(self, running: _Running) -> None:
+    def _advance(self, decision: Decision, *, began_at: float, load_s: float = 0.0) -> None:
         now = self._clock.monotonic()
-        load_s = running.ensured.load_s if running.ensured else 0.0
-        self.turn = advance(
-            self.turn,
-            running.decision,
+        self._turn = advance(
+            self._turn,
+            decision,
             load_s=load_s,
-            run_s=max(0.0, now - running.began_at - load_s),
-            idle_s=max(0.0, running.began_at - self._ended_at),
-            policy=self._scheduler,
+            run_s=max(0.0, now - began_at - load_s),
+            idle_s=max(0.0, began_at - self._ended_at),
+            policy=self._rules.scheduler,
         )
         self._ended_at = now
 
     # -- ending
 
     def _interrupted(self, running: _Running, error: Interrupted) -> Finished | None:
-        self._looked_at = float("-inf")
+        """It was cancelled, or has to wait: then what there is of it is kept, and continued later."""
+        stored = running.stored
+        self._look_again()
         if error.reason == "cancelled":
-            result = self._result(running, state=TaskState.CANCELLED, text=_clean(error.partial) or None)
-            return self._finished(running, result)
-        self._store.release(running.stored.seq, forgive=True)
-        self._tell(replace(running.stored, attempt=running.stored.attempt - 1), TaskState.QUEUED)
+            text = stored.partial + _clean(error.partial)
+            return self._finished(running, self._result(running, state=TaskState.CANCELLED, text=text or None))
+        partial, tokens = self._kept(running, error)
+        waiting = self._store.put_aside(stored.seq, partial=partial, partial_tokens=tokens)
+        log.info("task %s/%s put aside (%s) after %d tokens", *stored.task.key, error.reason, tokens)
+        data = {"id": stored.task.id, "src": stored.task.src, "reason": error.reason, "tokens": tokens}
+        self._hooks.event("task_put_aside", "info", data)
+        if waiting:
+            self._tell(waiting, TaskState.QUEUED)
         return None
+
+    def _kept(self, running: _Running, error: Interrupted) -> tuple[str, int]:
+        """The text to continue from, and its tokens.
+
+        It ends with a whole word: the rest of a word, or a line break, would be cut into other tokens when it is read
+        again than it was when it was written. An answer in a format, or of a model that thinks, cannot be continued.
+        """
+        stored = running.stored
+        if stored.task.format is not None or self._rules.can_think(running.decision.model):
+            return "", 0
+        new = _clean(error.partial)
+        whole = new[: max(new.rfind(" "), new.rfind("\n"), 0)].rstrip()
+        tokens = round(error.tokens * len(whole) / len(new)) if new else 0
+        return stored.partial + whole, stored.partial_tokens + tokens
 
     def _failed(self, running: _Running, error: ModelError) -> Finished | None:
         """Try again later, or end it."""
         stored, model = running.stored, running.decision.model
-        self._looked_at = float("-inf")
-        if error.retryable and stored.attempt < self._limits.max_attempts:
-            pause_s = min(MAX_HOLD_S, 2 * self._holds.get(model, (0.0, 0.25))[1])
-            self._holds[model] = (self._clock.monotonic() + pause_s, pause_s)
-            attempts = f"attempt {stored.attempt} of {self._limits.max_attempts}"
+        self._look_again()
+        was_open = self._breakers.is_open(model)
+        rest_s = self._breakers.failed(model, self._clock.monotonic())
+        if self._breakers.is_open(model) and not was_open:
+            log.error("%s failed too often in a row: it rests for %.0f s", model, rest_s)
+            self._hooks.event("breaker_opened", "error", {"model": model, "rest_s": rest_s, "error": str(error)})
+        if self._try_again(stored, model, error):
+            attempts = f"attempt {stored.attempt} of {self._rules.max_attempts}"
             log.warning("task %s/%s on %s: %s; %s", *stored.task.key, model, error, attempts)
-            self._store.release(stored.seq)
-            self._tell(stored, TaskState.QUEUED)
+            if waiting := self._store.release(stored.seq):
+                self._tell(waiting, TaskState.QUEUED)
             return None
         state = TaskState.TIMED_OUT if isinstance(error, DeadlineExceeded) else TaskState.FAILED
-        result = self._result(running, state=state, text=_clean(error.partial) or None, error=Failure.of(error))
-        return self._finished(running, result)
+        text = stored.partial + _clean(error.partial)
+        return self._finished(running, self._result(running, state=state, text=text or None, error=Failure.of(error)))
+
+    def _try_again(self, stored: Stored, model: str, error: ModelError) -> bool:
+        if stored.attempt >= self._rules.max_attempts:
+            return False
+        may_fall_back = isinstance(error, ModelMissing) and model == stored.task.model
+        return error.retryable or (may_fall_back and bool(self._rules.fallbacks(model)))
 
     def _expire(self) -> None:
         for stored in self._store.expired():
             self._end_unrun(stored, TaskState.EXPIRED)
 
     def _end_unrun(self, stored: Stored, state: TaskState) -> None:
-        waited_s = self._clock.monotonic() - stored.accepted_at
-        result = self._terminal(stored, state=state, queued_s=round(waited_s, 6), total_s=round(waited_s, 6))
+        waited_s = round(self._clock.monotonic() - stored.accepted_at, 6)
+        result = self._terminal(stored, state=state, text=stored.partial or None, queued_s=waited_s, total_s=waited_s)
         self._end(Finished(stored=stored, result=result))
 
     def _end(self, finished: Finished) -> None:
+        self._streams.pop(finished.stored.seq, None)
         if self._store.finish(finished.stored.seq, finished.result):
             self._hooks.finished(finished)
 
@@ -434,12 +609,12 @@ class Worker(threading.Thread):
     def _result(self, running: _Running, **fields: Any) -> Result:
         now = self._clock.monotonic()
         total_s = now - running.stored.accepted_at
-        load_s = running.ensured.load_s if running.ensured else 0.0
-        run_s = max(0.0, now - running.began_at - load_s)
+        run_s = now - running.began_at
+        load_s = running.ensured.load_s
         return self._terminal(
             running.stored,
             model=running.decision.model,
-            swapped=bool(running.ensured and running.ensured.evicted),
+            swapped=bool(running.ensured.evicted),
             queued_s=round(max(0.0, total_s - load_s - run_s), 6),
             load_s=round(load_s, 6),
             run_s=round(run_s, 6),
@@ -504,29 +679,25 @@ class _Stream:
         self._text, self._sent_at = "", time.monotonic()
 
 
-def _ignore(_text: str) -> None:
-    pass
-
-
 def _clean(text: str) -> str:
     """Text that can be stored and sent: half of a character, as a model may write it, is none."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _outcome(task: Task, answer: Answer) -> dict[str, Any]:
+def _outcome(stored: Stored, answer: Answer) -> dict[str, Any]:
     """The part of a result that the answer decides."""
     decode_s = answer.eval_ns / 1e9
     fields: dict[str, Any] = {
         "state": TaskState.SUCCEEDED,
-        "text": _clean(answer.text),
+        "text": stored.partial + _clean(answer.text),
         "done_reason": answer.done_reason,
         "prompt_tokens": answer.prompt_tokens,
-        "output_tokens": answer.output_tokens,
+        "output_tokens": stored.partial_tokens + answer.output_tokens,
         "tokens_per_s": round(answer.output_tokens / decode_s, 3) if decode_s > 0 else None,
         "truncated": answer.truncated,
     }
-    if task.format is not None:
-        fields |= _parsed(task.format, answer)
+    if stored.task.format is not None:
+        fields |= _parsed(stored.task.format, answer)
     return fields
 
 

@@ -14,7 +14,8 @@ ANY = frozenset({"any"})
 MAY_IMPORT: dict[str, frozenset[str]] = {
     "errors": frozenset(),
     "clock": frozenset(),
-    "estimates": frozenset(),
+    "estimates": frozenset({"scheduler"}),
+    "breaker": frozenset(),
     "schema": frozenset(),
     "systemd": frozenset(),
     "messages": frozenset({"errors"}),
@@ -27,8 +28,8 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "store": frozenset({"scheduler", "messages", "errors", "clock"}),
     "model_pool": frozenset({"ollama", "estimates", "scheduler", "messages", "errors", "clock"}),
     "worker": frozenset(
-        {"store", "scheduler", "model_pool", "ollama", "logger", "telemetry", "config"}
-        | {"estimates", "schema", "messages", "errors", "clock"}
+        {"store", "scheduler", "model_pool", "ollama", "estimates", "breaker", "logger", "telemetry", "config", "schema"}
+        | {"messages", "errors", "clock"}
     ),
     "mqtt_bridge": frozenset({"config", "messages", "errors", "clock"}),
     "http_gateway": frozenset({"config", "messages", "errors", "clock"}),
