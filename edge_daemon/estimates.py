@@ -12,6 +12,8 @@ GUESSED_READ_BYTES_PER_S = 40e6
 GUESSED_DECODE_BYTES_PER_S = 3.4e9
 PREFILL_OVER_DECODE = 9.0
 GUESSED_OUTPUT_TOKENS = 64.0
+TRUSTED_LOADS = 4
+TRUSTED_EXCESS = 1.25
 MEMORY = 0.3
 """Weight of the newest measurement in a running mean."""
 
@@ -22,6 +24,9 @@ class Facts:
 
     size_bytes: int = 0
     """Memory that it takes when resident."""
+    loads: int = 0
+    drop_bytes: float = 0.0
+    """By how much a load lessens the memory that is available; others who take or free memory meanwhile blur it."""
     load_s: float = 0.0
     prefill_tokens_per_s: float = 0.0
     decode_tokens_per_s: float = 0.0
@@ -94,10 +99,17 @@ class Estimates:
         with self._lock:
             self._rates[model] = (self._rate(model, now, arrivals=1), now)
 
-    def loaded(self, model: str, *, seconds: float, size_bytes: int) -> None:
-        """A load was measured."""
+    def loaded(self, model: str, *, seconds: float, told_bytes: int, drop_bytes: int) -> int:
+        """A load was measured. Returns the memory that the model takes, as far as is known now.
+
+        Ollama's own account is believed, unless the board's memory has told another story for several loads.
+        """
         facts = self.facts(model)
-        self._learn(model, replace(facts, load_s=_mean(facts.load_s, seconds), size_bytes=size_bytes))
+        loads, drop = facts.loads + 1, _mean(facts.drop_bytes, max(0, drop_bytes))
+        size = int(drop) if loads >= TRUSTED_LOADS and drop > TRUSTED_EXCESS * told_bytes else told_bytes
+        load_s = _mean(facts.load_s, seconds)
+        self._learn(model, replace(facts, load_s=load_s, size_bytes=size, loads=loads, drop_bytes=drop))
+        return size
 
     def answered(
         self,

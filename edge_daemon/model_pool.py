@@ -405,8 +405,8 @@ class ModelPool:
 
     def _settle_success(self, order: _Order, seconds: float) -> Ensured:
         name = order.thread.model
-        size = self._measured(name, order.free_before)
-        self._estimates.loaded(name, seconds=seconds, size_bytes=size)
+        drop = order.free_before - self._available_bytes()
+        size = self._estimates.loaded(name, seconds=seconds, told_bytes=self._told_bytes(name), drop_bytes=drop)
         self._models[name] = _Loaded(size_bytes=size, used_at=self._clock.monotonic(), ours=True)
         self._publish()
         self._report(order, seconds, size=size)
@@ -426,12 +426,10 @@ class ModelPool:
         )
         self._on_change(change)
 
-    def _measured(self, name: str, free_before: int) -> int:
-        """The size by Ollama's account, or by the drop in available memory when that is plainly more."""
+    def _told_bytes(self, name: str) -> int:
+        """The size by Ollama's account."""
         listed = {normalise(running.name): running.size_bytes for running in self._ollama.running()}
-        drop = free_before - self._available_bytes()
-        told = listed.get(name) or self.catalogue.size_bytes(name)
-        return max(told, min(drop, 2 * told))
+        return listed.get(name) or self.catalogue.size_bytes(name)
 
     def unload(self, model: str, *, reason: str) -> bool:
         """Unload ``model`` and wait until it is gone. False when it would not go in time: its memory still counts.
