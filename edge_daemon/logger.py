@@ -27,6 +27,7 @@ HEADER = (
     b"resident_models,error_code,boot_id,clock_synced\n"
 )
 COLUMNS = tuple(HEADER.decode("ascii").strip().split(","))
+_KNOWN_COLUMNS = frozenset(COLUMNS)
 
 MAX_CELL = 131_000
 """Characters. Python's csv module refuses to read a cell of more than 131,072."""
@@ -130,7 +131,9 @@ class CsvLog:
             OSError: the rows since the last successful ``sync`` are cut off again; append them again.
         """
         with self._lock:
-            self._raise_lost()
+            if self._lost is not None:
+                error, self._lost = self._lost, None
+                raise error
             if not self.dirty:
                 return self._durable_seq
             file = self._current()
@@ -138,10 +141,10 @@ class CsvLog:
             fd = os.dup(file.fd)  # a rotation may close the original meanwhile
         try:
             os.fdatasync(fd)
-        except OSError as error:
+        except OSError:
             with self._lock:
-                self._lose(file, error)
-                self._raise_lost()
+                self._lose(file)
+            raise
         finally:
             os.close(fd)
         with self._lock:
@@ -182,7 +185,7 @@ class CsvLog:
         return [self._line({**stamp, **row, "seq": seq}) for seq, row in enumerate(rows, self._seq + 1)]
 
     def _line(self, row: Row) -> str:
-        if unknown := row.keys() - set(COLUMNS):
+        if unknown := row.keys() - _KNOWN_COLUMNS:
             raise ValueError(f"not a column of the log: {min(unknown)}")
         if row.get("record") == "task":
             row = {**row, "prompt": self._shown(row.get("prompt")), "result": self._shown(row.get("result"))}
@@ -210,15 +213,10 @@ class CsvLog:
         except OSError:
             self._drop(file)
 
-    def _lose(self, file: _File, error: OSError) -> None:
-        """After a failed fsync nobody knows which rows are on the disk (a second fsync would lie), so none is kept."""
-        self._lost = error
-        self._cut(file, file.durable_size)
-
-    def _raise_lost(self) -> None:
-        if self._lost is not None:
-            error, self._lost = self._lost, None
-            raise error
+    def _lose(self, file: _File) -> None:
+        """After a failed fsync nobody knows which rows are on the disk, and a second one would lie: keep none."""
+        if self._file is file:
+            self._cut(file, file.durable_size)
 
     def _drop(self, file: _File) -> None:
         if self._file is file:
@@ -231,7 +229,8 @@ class CsvLog:
             os.fsync(file.fd)
             self._durable_seq = self._seq
         except OSError as error:
-            self._lose(file, error)
+            self._lost = error
+            self._lose(file)
             raise
         finally:
             self._drop(file)
@@ -262,12 +261,11 @@ class CsvLog:
 
     def _heal(self, fd: int) -> int:
         """Move a torn end aside, write the header if there is none, and return the size."""
-        _, end = _last_record(self._path)
-        torn = os.pread(fd, os.fstat(fd).st_size - end, end)
-        if torn:
+        end, size = _last_record(self._path)[1], os.fstat(fd).st_size
+        if 0 < end < size:
             with suppress(OSError):  # on a full disk it is better to go on without half a row
-                self._path.with_name(self._path.name + ".torn").write_bytes(torn)
-            os.ftruncate(fd, end)
+                _save(self._path.with_name(self._path.name + ".torn"), os.pread(fd, size - end, end))
+        os.ftruncate(fd, end)
         if end == 0:
             _write_all(fd, HEADER)
         return end or len(HEADER)
@@ -323,7 +321,7 @@ def task_row(
 
     Args:
         task: as it was accepted.
-        result: its terminal record; ``load_s`` is 0 when the model was resident, None when it never came to that.
+        result: its terminal record; ``load_s`` is 0 when the model was resident already, None when it never was.
         usage: a ``telemetry.TaskUsage``, whose fields are columns; None when nothing was measured.
         timings: Ollama's own figures; None when it gave none.
         around: of the moment when the task ended.
@@ -411,9 +409,7 @@ def event_row(event: Event) -> Row:
 def load_state(result: Result) -> str:
     """How the task found its model: not_loaded, load_failed, already_loaded, loaded or swapped."""
     if result.load_s is None:
-        return "not_loaded"
-    if result.run_s is None:
-        return "load_failed"
+        return "load_failed" if result.error else "not_loaded"
     if result.swapped:
         return "swapped"
     return "loaded" if result.load_s else "already_loaded"
@@ -468,6 +464,15 @@ def _write_all(fd: int, data: bytes) -> None:
         data = data[os.write(fd, data) :]
 
 
+def _save(path: Path, data: bytes) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, _FILE_MODE)
+    try:
+        _write_all(fd, data)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 def _sync_directory(directory: Path) -> None:
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -505,19 +510,26 @@ def _last_seq(path: Path) -> int:
     begin, end = _last_record(path)
     with path.open("rb") as file:
         file.seek(begin)
-        record = file.read(end - begin).decode("utf-8", "replace")
-    row = dict(zip(_columns(path), next(csv.reader([record]), []), strict=False))
-    return int(row["seq"]) if row.get("seq", "").isdecimal() else 0
+        last = file.read(end - begin).decode("utf-8", "replace")
+    seq = dict(zip(_columns(path), _cells([last]), strict=False)).get("seq", "")
+    return int(seq) if seq.isdecimal() else 0
 
 
 def _columns(path: Path) -> list[str]:
-    with suppress(csv.Error), path.open(newline="", encoding="utf-8", errors="replace") as file:
-        return next(csv.reader(file), [])
-    return []
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        return _cells(file)
+
+
+def _cells(lines: Iterable[str]) -> list[str]:
+    """Of the first record; none when it is nothing that csv can read."""
+    try:
+        return next(csv.reader(lines), [])
+    except csv.Error:
+        return []
 
 
 def _task_keys(path: Path) -> Iterator[tuple[str, str]]:
-    """``(src, task_id)`` of every complete ``task`` row, as the cells stand in the file."""
+    """``(src, task_id)`` of every complete ``task`` row, as the cells stand in the file. Foreign files have none."""
     with suppress(csv.Error, FileNotFoundError), path.open(newline="", encoding="utf-8", errors="replace") as file:
         rows = csv.reader(file)
         columns = next(rows, [])

@@ -78,8 +78,8 @@ class Board:
 
     def temperature_c(self) -> float | None:
         """Of the hottest thermal zone."""
-        zones = self._root.glob("class/thermal/thermal_zone*/temp")
-        readings = [attempt(_number, zone) for zone in zones]
+        zones = attempt(sorted, self._root.glob("class/thermal/thermal_zone*/temp"))
+        readings = [attempt(_number, zone) for zone in zones or ()]
         hottest = max((reading for reading in readings if reading is not None), default=None)
         return None if hottest is None else hottest / 1000
 
@@ -115,8 +115,8 @@ class Runners:
 
     def find(self) -> None:
         """Look for them again. To be called after every load and unload, by any one thread."""
-        found: list[psutil.Process] = attempt(list, psutil.process_iter(["cmdline"])) or []
-        self._processes = tuple(p for p in found if self._is_runner(p.info["cmdline"] or ()))
+        found = attempt(_all_processes) or []
+        self._processes = tuple(process for process in found if self._is_runner(process.info["cmdline"] or ()))
 
     def consumption(self) -> dict[int, Consumption]:
         """By process id; by 0 for the service as a whole when no runner is visible; empty when not even that is."""
@@ -283,6 +283,10 @@ def _network() -> dict[str, int]:
         "received_bytes": sum(card.bytes_recv for card in outside),
         "sent_bytes": sum(card.bytes_sent for card in outside),
     }
+
+
+def _all_processes() -> list[psutil.Process]:
+    return list(psutil.process_iter(["cmdline"]))
 
 
 def _consumption(process: psutil.Process) -> Consumption:
