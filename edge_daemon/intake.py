@@ -41,6 +41,7 @@ MAX_MEMBERS = 10_000
 MAX_INTEGER = 2**53
 MAX_TTL_S = 604_800
 BYTES_PER_TOKEN = 4
+MAX_SENDERS = 10_000
 
 # Sampling options and their limits. Runner options (num_ctx and its like) would force a reload and are not for tasks.
 OPTIONS: dict[str, tuple[type, float, float]] = {
@@ -85,6 +86,7 @@ class Intake:
     def __init__(self, rules: Rules, add_many: Callable[[Sequence[Submission]], list[Added]]) -> None:
         self._rules = rules
         self._add_many = add_many
+        self._rates = _Rates(rules.config.queue.per_source_rate)
         self._draining = False
 
     def drain(self) -> None:
@@ -116,6 +118,7 @@ class Intake:
         try:
             # Where to answer comes first, so that a refusal reaches its sender.
             draft.read_address()
+            self._rates.check(incoming.src, self._rules.clock.monotonic())
             if self._draining:
                 raise Rejected("draining", "the daemon is stopping; send it again later", retryable=True)
             draft.read_task()
@@ -204,6 +207,32 @@ def _shown(value: Any) -> str:
 
 def _invalid(name: str, problem: str) -> Rejected:
     return Rejected("invalid_field", f"{name}: {problem}")
+
+
+class _Rates:
+    """A bucket of tasks per sender: it holds as many as a minute brings, and fills at that rate."""
+
+    def __init__(self, per_minute: float | None) -> None:
+        self._per_minute = per_minute
+        self._buckets: dict[str, tuple[float, float]] = {}  # tasks left, and when that was so
+
+    def check(self, src: str, now: float) -> None:
+        """Raises Rejected, ``rate_limited``, when ``src`` has sent too many."""
+        if self._per_minute is None:
+            return
+        size = max(1.0, self._per_minute)
+        left, at = self._buckets.get(src, (size, now))
+        left = min(size, left + (now - at) * self._per_minute / 60)
+        if left < 1:
+            limit = f"at most {self._per_minute:g} tasks a minute from one sender"
+            raise Rejected("rate_limited", limit, retryable=True)
+        if len(self._buckets) >= MAX_SENDERS:
+            self._forget_full(now)
+        self._buckets[src] = (left - 1, now)
+
+    def _forget_full(self, now: float) -> None:
+        """A bucket that nobody has touched for a minute is full again: no need to remember it."""
+        self._buckets = {src: bucket for src, bucket in self._buckets.items() if now - bucket[1] < 60}
 
 
 class _Draft:
@@ -420,10 +449,9 @@ class _Draft:
     def settle(self, added: Added) -> None:
         """Take note of what the store did with it."""
         self._added = added
-        if added.outcome == "conflict":
-            self.refusal = Rejected("duplicate_conflict", "this id was used before for another task")
-        elif added.outcome == "full":
-            self.refusal = Rejected("queue_full", "the queue is full; send it again later", retryable=True)
+        if added.outcome in _OUTCOMES:
+            code, message = _OUTCOMES[added.outcome]
+            self.refusal = Rejected(code, message, retryable=code != "duplicate_conflict")
 
     def answer(self) -> Accepted | Refused:
         """What to tell the sender."""
@@ -538,5 +566,11 @@ _OUTSIDE: dict[str, Callable[[str, str], Any]] = {
     **dict.fromkeys(("options", "meta"), _as_json),
     "ttl_s": _as_number,
     "format": _as_format,
+}
+_OUTCOMES = {
+    "conflict": ("duplicate_conflict", "this id was used before for another task"),
+    "full": ("queue_full", "the queue is full; send it again later"),
+    "full_for_src": ("queue_full", "too many tasks of this sender wait; send it again later"),
+    "no_room": ("storage_full", "results that nobody has fetched take all the room; send it again later"),
 }
 _KINDS: dict[type, str] = {str: "a text", bool: "true or false", list: "a list", dict: "an object"}

@@ -131,9 +131,7 @@ class CsvLog:
             OSError: the rows since the last successful ``sync`` are cut off again; append them again.
         """
         with self._lock:
-            if self._lost is not None:
-                error, self._lost = self._lost, None
-                raise error
+            self._tell_lost()
             if not self.dirty:
                 return self._durable_seq
             file = self._current()
@@ -218,6 +216,14 @@ class CsvLog:
         if self._file is file:
             self._cut(file, file.durable_size)
 
+    def _tell_lost(self) -> None:
+        """Whoever met the failure was not the one who waits for his rows; keep the promise of ``sync`` to him."""
+        if self._lost is not None:
+            error, self._lost = self._lost, None
+            if self._file is not None:
+                self._lose(self._file)
+            raise error
+
     def _drop(self, file: _File) -> None:
         if self._file is file:
             self._file = None
@@ -286,8 +292,8 @@ class CsvLog:
     def _prune(self) -> None:
         """Delete the oldest beyond ``keep``; files that are not ours stay."""
         ours = [path for path in self._rotated().values() if "record" in _columns(path)]
-        for path in ours[self._keep :]:
-            with suppress(OSError):  # it can wait for the next rotation; the rows cannot
+        with suppress(OSError):  # it can wait for the next rotation; the rows cannot
+            for path in ours[self._keep :]:
                 path.unlink()
 
     def _rotated(self) -> dict[int, Path]:
@@ -506,22 +512,28 @@ def _last_record(path: Path) -> tuple[int, int]:
 
 
 def _last_seq(path: Path) -> int:
-    """The ``seq`` of the last row, 0 when it has none."""
-    begin, end = _last_record(path)
-    with path.open("rb") as file:
-        file.seek(begin)
-        last = file.read(end - begin).decode("utf-8", "replace")
-    seq = dict(zip(_columns(path), _cells([last]), strict=False)).get("seq", "")
+    """The ``seq`` of the last row, 0 when it has none or cannot be read."""
+    try:
+        begin, end = _last_record(path)
+        with path.open("rb") as file:
+            file.seek(begin)
+            last = file.read(end - begin).decode("utf-8", "replace")
+    except OSError:
+        return 0
+    seq = dict(zip(_columns(path), _first_record([last]), strict=False)).get("seq", "")
     return int(seq) if seq.isdecimal() else 0
 
 
 def _columns(path: Path) -> list[str]:
-    with path.open(newline="", encoding="utf-8", errors="replace") as file:
-        return _cells(file)
+    try:
+        with path.open(newline="", encoding="utf-8", errors="replace") as file:
+            return _first_record(file)
+    except OSError:
+        return []
 
 
-def _cells(lines: Iterable[str]) -> list[str]:
-    """Of the first record; none when it is nothing that csv can read."""
+def _first_record(lines: Iterable[str]) -> list[str]:
+    """Its cells; none when it is nothing that csv can read."""
     try:
         return next(csv.reader(lines), [])
     except csv.Error:
@@ -530,7 +542,7 @@ def _cells(lines: Iterable[str]) -> list[str]:
 
 def _task_keys(path: Path) -> Iterator[tuple[str, str]]:
     """``(src, task_id)`` of every complete ``task`` row, as the cells stand in the file. Foreign files have none."""
-    with suppress(csv.Error, FileNotFoundError), path.open(newline="", encoding="utf-8", errors="replace") as file:
+    with suppress(csv.Error, OSError), path.open(newline="", encoding="utf-8", errors="replace") as file:
         rows = csv.reader(file)
         columns = next(rows, [])
         if "record" not in columns:

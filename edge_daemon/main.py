@@ -350,6 +350,9 @@ class Daemon:
         self.bridge.results_waiting()
         fields = {"TASK_ID": result.id, "SRC": result.src, "MODEL": result.model or ""}
         log.info("task %s/%s %s%s", result.src, result.id, result.state, _summary(result), extra={"fields": fields})
+        if self.config.log.prompts:
+            task = finished.stored.task
+            log.info("task %s/%s asked %r, answered %r", *task.key, task.prompt or task.messages, result.text)
 
     def _task_row(self, finished: Finished) -> dict[str, object]:
         ensured, decision = finished.ensured, finished.decision
@@ -583,8 +586,10 @@ def _queue_limits(config: Config) -> Limits:
     return Limits(
         max_tasks=queue.max_tasks,
         max_bytes=queue.max_bytes,
+        max_tasks_per_src=queue.per_source_tasks,
         urgent_reserve=queue.urgent_reserve,
         retention_s=queue.retention_s,
+        retention_bytes=queue.retention_bytes,
     )
 
 

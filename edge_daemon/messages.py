@@ -330,7 +330,11 @@ class Stored:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Added:
-    """What became of a submission: ``new``, ``known`` (same content), ``conflict`` (other content) or ``full``."""
+    """What became of a submission.
+
+    ``new``, ``known`` (the same content), ``conflict`` (other content), or a limit: ``full``, ``full_for_src``,
+    ``no_room``.
+    """
 
     outcome: str
     stored: Stored | None = None

@@ -14,9 +14,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from queue import Empty, SimpleQueue
+from socket import SHUT_RDWR
 from typing import Any, Self
 
 from paho.mqtt.client import MQTT_ERR_SUCCESS, Client, MQTTMessage
@@ -165,6 +167,8 @@ class _Shared:
     topics: Topics
     handlers: Handlers
     password: str | None
+    leaving: threading.Event = field(default_factory=threading.Event)
+    """We have said goodbye: an ``offline`` from now on is our own."""
     stopping: threading.Event = field(default_factory=threading.Event)
     inbox: "SimpleQueue[_Arrival | _Wake]" = field(default_factory=SimpleQueue)
     """For the intake."""
@@ -239,12 +243,13 @@ class MqttBridge:
         return flushed.wait(timeout_s)
 
     def stop(self, timeout_s: float) -> None:
-        """Say goodbye (``offline``, retained), disconnect and end the threads."""
+        """Say goodbye (``offline``, retained), disconnect and end the threads; if we cannot say it, the will does."""
+        self._shared.leaving.set()
         self._mail.put(_Publication(topic=self.topics.availability, payload=b"offline", retain=True))
-        if self.connected:
-            self.flush(timeout_s)
+        whole = self.connected and all(thread.is_alive() for thread in self.threads)
+        said = whole and self.flush(timeout_s)
         self._shared.stopping.set()
-        self._network.disconnect()
+        self._network.disconnect(cleanly=said)
         self._mail.put(_Wake())
         self._shared.inbox.put(_Wake())
         for thread in self.threads:
@@ -480,10 +485,15 @@ class _Network(_Thread):
             self._report(connection, reason, failures)
             self._pause(failures)
 
-    def disconnect(self) -> None:
-        """End the present connection cleanly, so that the broker does not publish the will."""
-        if self._connection is not None:
+    def disconnect(self, *, cleanly: bool) -> None:
+        """End the present connection, cleanly so that the broker does not publish the will."""
+        if self._connection is None:
+            return
+        if cleanly:
             self._connection.client.disconnect()
+        elif wire := self._connection.client.socket():
+            with suppress(OSError):
+                wire.shutdown(SHUT_RDWR)
 
     def _fall_back(self, connection: _Connection) -> bool:
         """Whether the broker knows no MQTT 5, so that the next attempt speaks 3.1.1."""
@@ -571,7 +581,7 @@ class _IntakeThread(_Thread):
 
     def _assert_online(self, arrival: _Arrival) -> None:
         """The will of an earlier connection may come late and would leave us marked as gone."""
-        if arrival.payload != b"online" and not self.shared.stopping.is_set():
+        if arrival.payload != b"online" and not self.shared.leaving.is_set():
             self.shared.mail.put(_online(self.shared.topics))
 
     def _cancel(self, levels: list[str], arrival: _Arrival) -> None:
@@ -766,7 +776,8 @@ class _Publisher(_Thread):
 
     def _connected(self, connection: _Connection) -> None:
         self.connection = connection
-        self._retained[self.shared.topics.availability] = _online(self.shared.topics)
+        if not self.shared.leaving.is_set():
+            self._retained[self.shared.topics.availability] = _online(self.shared.topics)
         self._stale = dict.fromkeys(self._retained)
         self._outbox_may_have_more = True
         mqtt = self.shared.config.mqtt

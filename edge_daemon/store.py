@@ -38,6 +38,7 @@ CREATE TABLE tasks (
     boot_id     TEXT NOT NULL,
     accepted_at REAL NOT NULL,              -- monotonic seconds of that boot
     synced      INTEGER NOT NULL,           -- whether the wall clock was right then
+    bytes       INTEGER NOT NULL,           -- of task and result
     unacked     INTEGER NOT NULL,           -- 1: no id of its sender's, and its PUBACK is not known to be out
     task        TEXT NOT NULL,              -- Task.to_json
     partial     TEXT NOT NULL DEFAULT '',   -- the text of an interrupted generation
@@ -78,8 +79,11 @@ class Limits:
 
     max_tasks: int = 10_000
     max_bytes: int = 268_435_456
+    max_tasks_per_src: int | None = None
     urgent_reserve: int = 100
     retention_s: float = 604_800.0
+    retention_bytes: int = 268_435_456
+    """What finished tasks may take; those that are delivered make room, those that are not never do."""
 
 
 class Store:
@@ -99,8 +103,10 @@ class Store:
         self._lock = threading.RLock()  # guards everything below
         self._db = _open(path)
         self._ready = _ReadyIndex()
-        self._bytes: dict[int, int] = {}  # size of each open task
+        self._open: dict[int, tuple[str, int]] = {}  # src and size of each open task
         self._open_bytes = 0
+        self._open_by_src: Counter[str] = Counter()
+        self._finished_bytes = 0
         # Marks that may be lost: a crash then costs one repetition, not a task. They ride on the next commit.
         self._marks: dict[str, set[int]] = {"sent": set(), "logged": set(), "acked": set()}
         self._learnt: dict[str, str] = {}  # facts of models: the same
@@ -114,6 +120,8 @@ class Store:
         """Commit a group of tasks with one fsync. The answers are in the order of ``submissions``."""
         added: list[int] = []
         with self._lock:
+            if self._finished_bytes > self._limits.retention_bytes:
+                self.prune()
             try:
                 with self._transaction():
                     return [self._add(submission, added) for submission in submissions]
@@ -132,21 +140,21 @@ class Store:
             return self._known(known, task, digest)
         text = task.to_json()
         size = len(text.encode())
-        if self._full(task.priority, size):
-            return Added(outcome="full")
+        if limit := self._full(task, size):
+            return Added(outcome=limit)
         now = self._clock.monotonic()
-        seq = self._insert(submission, digest, text, now)
+        seq = self._insert(submission, digest, text, size, now)
         stored = Stored(seq=seq, task=task, state=TaskState.QUEUED, attempt=0, preempted=0, accepted_at=now)
         self._remember(stored, size)
         added.append(seq)
         return Added(outcome="new", stored=stored, position=self._ready.position(task.priority))
 
-    def _insert(self, submission: Submission, digest: bytes, text: str, now: float) -> int:
+    def _insert(self, submission: Submission, digest: bytes, text: str, size: int, now: float) -> int:
         task = submission.task
         cursor = self._db.execute(
-            "INSERT INTO tasks (src, id, hash, state, boot_id, accepted_at, synced, unacked, task)"
-            " VALUES (?, ?, ?, 'queued', ?, ?, ?, ?, ?)",
-            (*task.key, digest, self._boot_id, now, self._clock.synced(), not submission.own_id, text),
+            "INSERT INTO tasks (src, id, hash, state, boot_id, accepted_at, synced, bytes, unacked, task)"
+            " VALUES (?, ?, ?, 'queued', ?, ?, ?, ?, ?, ?)",
+            (*task.key, digest, self._boot_id, now, self._clock.synced(), size, not submission.own_id, text),
         )
         return int(cursor.lastrowid or 0)
 
@@ -164,10 +172,15 @@ class Store:
             self._db.execute("UPDATE tasks SET sent = 0 WHERE seq = ?", (known.seq,))
         return Added(outcome="known", stored=known)
 
-    def _full(self, priority: Priority, size: int) -> bool:
-        reserve = 0 if priority is Priority.URGENT else self._limits.urgent_reserve
-        too_many = len(self._bytes) >= self._limits.max_tasks - reserve
-        return too_many or self._open_bytes + size > self._limits.max_bytes
+    def _full(self, task: Task, size: int) -> str | None:
+        """Which limit stands in the way of ``task``, if one does."""
+        limits = self._limits
+        reserve = 0 if task.priority is Priority.URGENT else limits.urgent_reserve
+        if len(self._open) >= limits.max_tasks - reserve or self._open_bytes + size > limits.max_bytes:
+            return "full"
+        if limits.max_tasks_per_src is not None and self._open_by_src[task.src] >= limits.max_tasks_per_src:
+            return "full_for_src"
+        return "no_room" if self._finished_bytes > limits.retention_bytes else None
 
     def mark_acked(self, seqs: Iterable[int]) -> None:
         """The PUBACK of these tasks is out: an equal text from now on is another task."""
@@ -195,7 +208,7 @@ class Store:
 
     def release(self, seq: int) -> Stored | None:
         """Set a running task back to waiting, in its old place, after an attempt that failed."""
-        return self._set_back("UPDATE tasks SET state = 'queued' WHERE seq = ? AND result IS NULL", (seq,))
+        return self._set_back("UPDATE tasks SET state = 'queued' WHERE seq = ? AND state = 'running'", (seq,))
 
     def put_aside(self, seq: int, *, partial: str, partial_tokens: int) -> Stored | None:
         """Set a running task back to waiting because something else comes first: that is no failed attempt.
@@ -204,7 +217,7 @@ class Store:
         """
         return self._set_back(
             "UPDATE tasks SET state = 'queued', attempt = attempt - 1, preempted = preempted + 1,"
-            " partial = ?, partial_tokens = ? WHERE seq = ? AND result IS NULL",
+            " partial = ?, partial_tokens = ? WHERE seq = ? AND state = 'running'",
             (partial, partial_tokens, seq),
         )
 
@@ -212,21 +225,26 @@ class Store:
         seq = values[-1]
         with self._lock:
             with self._transaction():
-                self._db.execute(statement, values)
-            stored = self._row("seq = ? AND result IS NULL", (seq,))
+                if not self._db.execute(statement, values).rowcount:
+                    return None
+            stored = self._row("seq = ?", (seq,))
             if stored:
                 self._ready.add(stored)
             return stored
 
     def finish(self, seq: int, result: Result) -> bool:
         """End a task: its one terminal record is stored, to be sent and logged. False when it has ended already."""
+        text = result.to_json()
+        size = len(text.encode())
         with self._lock:
             with self._transaction():
                 cursor = self._db.execute(
-                    "UPDATE tasks SET state = ?, result = ?, finished_at = ?, partial = ''"
+                    "UPDATE tasks SET state = ?, result = ?, finished_at = ?, partial = '', bytes = bytes + ?"
                     " WHERE seq = ? AND result IS NULL",
-                    (result.state.value, result.to_json(), self._clock.wall(), seq),
+                    (result.state.value, text, self._clock.wall(), size, seq),
                 )
+            if cursor.rowcount == 1:
+                self._finished_bytes += size + self._open.get(seq, ("", 0))[1]
             self._forget(seq)
             return cursor.rowcount == 1
 
@@ -262,7 +280,7 @@ class Store:
     def open_count(self) -> int:
         """Tasks that wait or run."""
         with self._lock:
-            return len(self._bytes)
+            return len(self._open)
 
     # -- the outbox
 
@@ -277,7 +295,9 @@ class Store:
         """How many results wait to be delivered."""
         with self._lock:
             (count,) = self._db.execute("SELECT count(*) FROM tasks WHERE result IS NOT NULL AND sent = 0").fetchone()
-            return int(count) - len(self._marks["sent"])
+            marked = self._marks["sent"]
+            waiting = "SELECT 1 FROM tasks WHERE seq = ? AND result IS NOT NULL AND sent = 0"
+            return int(count) - sum(self._db.execute(waiting, (seq,)).fetchone() is not None for seq in marked)
 
     def mark_sent(self, seq: int) -> None:
         """The broker has confirmed this result."""
@@ -322,17 +342,33 @@ class Store:
                     pass
 
     def prune(self) -> int:
-        """Delete what was sent, logged and kept for ``retention_s``. Returns the number of tasks deleted.
+        """Delete finished tasks that were sent and logged: those kept for ``retention_s``, and the oldest of the others
+        as far as they take more than ``retention_bytes``. Returns the number deleted.
 
         The newest row stays, because its ``seq`` must never be given again.
         """
-        oldest = self._clock.wall() - self._limits.retention_s
         with self._lock:
-            due = "finished_at < ? AND sent != 0 AND logged = 1 AND seq < (SELECT max(seq) FROM tasks)"
-            if not self._db.execute(f"SELECT 1 FROM tasks WHERE {due} LIMIT 1", (oldest,)).fetchone():  # noqa: S608
-                return 0
-            with self._transaction():
-                return self._db.execute(f"DELETE FROM tasks WHERE {due}", (oldest,)).rowcount  # noqa: S608
+            doomed, freed = self._doomed()
+            if doomed:
+                with self._transaction():
+                    self._db.executemany("DELETE FROM tasks WHERE seq = ?", [(seq,) for seq in doomed])
+                self._finished_bytes -= freed
+            return len(doomed)
+
+    def _doomed(self) -> tuple[list[int], int]:
+        """The tasks to delete, and what they take."""
+        oldest = self._clock.wall() - self._limits.retention_s
+        doomed, freed = [], 0
+        rows = self._db.execute(
+            "SELECT seq, bytes, finished_at FROM tasks WHERE finished_at IS NOT NULL AND sent != 0 AND logged = 1"
+            " AND seq < (SELECT max(seq) FROM tasks) ORDER BY finished_at"
+        )
+        for seq, size, finished_at in rows:
+            if finished_at >= oldest and self._finished_bytes - freed <= self._limits.retention_bytes:
+                break
+            doomed.append(seq)
+            freed += size
+        return doomed, freed
 
     def close(self) -> None:
         """Commit what waits and fold the write-ahead log into the file."""
@@ -361,7 +397,7 @@ class Store:
         try:
             yield
         except sqlite3.Error as error:
-            kind = StorageFull if error.sqlite_errorcode == sqlite3.SQLITE_FULL else StoreError
+            kind = StorageFull if _code(error) == sqlite3.SQLITE_FULL else StoreError
             raise kind(f"{self._path}: {error}") from error
 
     @contextlib.contextmanager
@@ -394,14 +430,21 @@ class Store:
             yield from map(_stored_from_row, cursor)
 
     def _remember(self, stored: Stored, size: int) -> None:
+        src = stored.task.src
         self._ready.add(stored)
-        self._bytes[stored.seq] = size
+        self._open[stored.seq] = (src, size)
         self._open_bytes += size
+        self._open_by_src[src] += 1
 
     def _forget(self, seq: int) -> None:
         self._ready.discard(seq)
-        self._open_bytes -= self._bytes.pop(seq, 0)
         self._before_boot.discard(seq)
+        if seq in self._open:
+            src, size = self._open.pop(seq)
+            self._open_bytes -= size
+            self._open_by_src[src] -= 1
+            if not self._open_by_src[src]:
+                del self._open_by_src[src]
 
     def _recover(self) -> None:
         """Carry open tasks over from before: what ran waits again, with its attempt counted."""
@@ -413,6 +456,8 @@ class Store:
                 self._db.execute("UPDATE tasks SET state = 'queued' WHERE result IS NULL AND state = 'running'")
         for stored in self._rows("result IS NULL ORDER BY seq", ()):
             self._remember(stored, len(stored.task.to_json().encode()))
+        (finished,) = self._db.execute("SELECT total(bytes) FROM tasks WHERE finished_at IS NOT NULL").fetchone()
+        self._finished_bytes = int(finished)
 
     def _carry_over(self) -> None:
         """Express waiting times of earlier boots in this boot's clock, as far as the machine was seen to be on."""
@@ -450,7 +495,7 @@ def _open(path: Path) -> sqlite3.Connection:
     try:
         return _prepared(path)
     except sqlite3.DatabaseError as error:
-        if error.sqlite_errorcode not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+        if _code(error) not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
             raise StoreError(f"{path}: {error}") from error
         aside = _set_aside(path)
         log.error("the queue file was damaged (%s): moved to %s, starting with an empty queue", error, aside)  # noqa: TRY400
@@ -477,6 +522,12 @@ def _prepared(path: Path) -> sqlite3.Connection:
         db.close()
         raise
     return db
+
+
+def _code(error: sqlite3.Error) -> int | None:
+    """SQLite's primary code; None when the error is Python's own, such as a closed connection."""
+    code = getattr(error, "sqlite_errorcode", None)
+    return None if code is None else code & 0xFF
 
 
 def _damaged(verdict: str) -> sqlite3.DatabaseError:

@@ -399,14 +399,14 @@ class Worker(threading.Thread):
         """A failed load counts as an attempt of the task that it was for."""
         log.warning("could not load %s: %s", decision.model, error)
         running = self._claim(decision)
-        if running is not None:
+        if running is not None and not self._is_poison(running):
             self._conclude(running, self._failed(running, error))
 
     # -- running
 
     def _run(self, decision: Decision) -> None:
         running = self._claim(decision)
-        if running is None:
+        if running is None or self._is_poison(running):
             return
         log.debug("task %d begins on %s (%s)", decision.seq, decision.model, decision.reason)
         self._tell(running.stored, TaskState.RUNNING)
@@ -430,6 +430,15 @@ class Worker(threading.Thread):
             began_at = self._clock.monotonic()
             self._running = _Running(stored=stored, decision=decision, began_at=began_at, ensured=ensured)
             return self._running
+
+    def _is_poison(self, running: _Running) -> bool:
+        """Whether all its attempts were spent by dying with us: such a task is ended, not tried for ever."""
+        if running.stored.attempt <= self._rules.max_attempts:
+            return False
+        message = f"begun {self._rules.max_attempts} times without an end: it, or its model, kills what runs it"
+        result = self._result(running, state=TaskState.FAILED, error=Failure(code="crash_loop", message=message))
+        self._conclude(running, self._finished(running, result))
+        return True
 
     def _conclude(self, running: _Running, finished: Finished | None) -> None:
         with self._lock:
