@@ -342,10 +342,10 @@ class Store:
                     pass
 
     def prune(self) -> int:
-        """Delete finished tasks that were sent and logged: those kept for ``retention_s``, and the oldest of the others
-        as far as they take more than ``retention_bytes``. Returns the number deleted.
+        """Delete finished tasks that were sent and logged. Returns the number deleted.
 
-        The newest row stays, because its ``seq`` must never be given again.
+        Those go that were kept for ``retention_s``, and the oldest of the rest while all take more than
+        ``retention_bytes``. The newest row stays, because its ``seq`` must never be given again.
         """
         with self._lock:
             doomed, freed = self._doomed()
