@@ -491,7 +491,9 @@ class _Network(_Thread):
             return
         if cleanly:
             self._connection.client.disconnect()
-        elif wire := self._connection.client.socket():
+            return
+        wire: Any = self._connection.client.socket()
+        if wire is not None:
             with suppress(OSError):
                 wire.shutdown(SHUT_RDWR)
 
@@ -856,7 +858,7 @@ class _Publisher(_Thread):
 
     def _begin(self, stored: Stored, max_packet_bytes: int) -> None:
         assert stored.result is not None  # noqa: S101
-        result = _fitted(stored.result, max_packet_bytes)
+        result = _fitted(stored.result, max_packet_bytes - len(stored.task.correlation or b""))
 
         def done(delivered: bool) -> None:  # noqa: FBT001
             self._delivering.pop(stored.seq, None)

@@ -1,0 +1,189 @@
+"""The whole daemon as a process of its own, as systemd would run it: started, killed, stopped, started again."""
+
+import csv
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from tests.mosquitto import Mosquitto
+from tests.waiting import wait_until
+
+ROOT = Path(__file__).parent.parent
+SECTIONS: dict[str, dict[str, Any]] = {
+    "models": {"default": "small"},
+    "telemetry": {"interval_s": 1},
+}
+"""What tests set otherwise than the defaults; what they give themselves is laid over it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """A task as the queue file has it."""
+
+    seq: int
+    src: str
+    id: str
+    state: str
+    attempt: int
+    sent: int
+    result: dict[str, Any] | None
+
+
+class DaemonProcess:
+    """One daemon with its data directory, which stays over restarts.
+
+    `settings` are sections and keys of `config.yaml`. With `port`, it reaches the broker there, by way of
+    a `tests.relay.Relay` for example. Ending the `with` block kills it.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        broker: Mosquitto,
+        *,
+        node: str,
+        ollama_url: str,
+        port: int | None = None,
+        env: Mapping[str, str] | None = None,
+        **settings: Any,
+    ) -> None:
+        self.broker = broker
+        self.node = node
+        self.data_dir = directory / "data"
+        self.topics = f"edge-llm/{node}"
+        self._env = dict(env or {})
+        self._directory = directory
+        self._process: subprocess.Popen[bytes] | None = None
+        address = {"host": broker.host, "port": port or broker.port}
+        outer = {"node": node, "data_dir": str(self.data_dir), "mqtt": address, "ollama": {"url": ollama_url}}
+        self._config.write_text(json.dumps(_laid_over(_laid_over(SECTIONS, outer), settings)), encoding="utf-8")
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    @property
+    def pid(self) -> int:
+        """The process id of the running daemon."""
+        assert self._process is not None, "not running"
+        return self._process.pid
+
+    def start(self, *, ready: bool = True) -> None:
+        """Start; with `ready`, return once the broker has taken its subscriptions."""
+        before = self.subscriptions()
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "edge_daemon", "run", "--config", str(self._config)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "PYTHONPATH": path, **self._env},
+            )
+        if ready:
+            self.wait_ready(before)
+
+    def wait_ready(self, before: int = 0) -> None:
+        """Return once the broker has taken its subscriptions more than `before` times."""
+
+        def subscribed() -> bool:
+            assert self.is_alive(), f"the daemon has ended:\n{self.log()}"
+            return self.subscriptions() > before
+
+        wait_until(subscribed, timeout_s=20)
+
+    def subscriptions(self) -> int:
+        """How often the broker has taken our subscriptions."""
+        return self.broker.log().count(f"Sending SUBACK to edge-llm-{self.node}\n")
+
+    def connections(self) -> int:
+        """How often the broker has seen us connect."""
+        return self.broker.log().count(f" as edge-llm-{self.node} (")
+
+    def is_alive(self) -> bool:
+        """Whether the process still runs."""
+        return self._process is not None and self._process.poll() is None
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send it a signal."""
+        assert self._process is not None, "not running"
+        self._process.send_signal(number)
+
+    def kill(self) -> None:
+        """End it as a power cut would."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait(10)
+
+    def stop(self, timeout_s: float = 20.0) -> int:
+        """Stop it in an orderly way and return its exit status."""
+        self.signal(signal.SIGTERM)
+        return self.wait(timeout_s)
+
+    def wait(self, timeout_s: float = 20.0) -> int:
+        """Return its exit status once it has ended."""
+        assert self._process is not None, "not running"
+        try:
+            return self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"the daemon did not end within {timeout_s} s:\n{self.log()}") from None
+
+    def restart(self) -> None:
+        """Kill it and start it again."""
+        self.kill()
+        self.start()
+
+    def log(self) -> str:
+        """Everything that it has said since it was first started."""
+        return self._log.read_text(encoding="utf-8", errors="replace") if self._log.exists() else ""
+
+    @property
+    def csv_path(self) -> Path:
+        """The CSV log."""
+        return self.data_dir / "llm_metrics.csv"
+
+    def rows(self, record: str) -> list[dict[str, str]]:
+        """The rows of one kind in the CSV log."""
+        with self.csv_path.open(newline="", encoding="utf-8") as file:
+            return [row for row in csv.DictReader(file) if row["record"] == record]
+
+    def stored(self) -> list[Row]:
+        """The tasks in the queue file; only while the daemon does not run, since it locks the file."""
+        assert not self.is_alive(), "the queue file is locked"
+        columns = "seq, src, id, state, attempt, sent, result"
+        with closing(sqlite3.connect(self.data_dir / "queue.db")) as db:
+            rows = db.execute(f"SELECT {columns} FROM tasks ORDER BY seq").fetchall()  # noqa: S608
+        return [Row(**dict(zip(columns.split(", "), row, strict=True)) | {"result": _parsed(row[-1])}) for row in rows]
+
+    @property
+    def _config(self) -> Path:
+        return self._directory / "config.yaml"
+
+    @property
+    def _log(self) -> Path:
+        return self._directory / "daemon.log"
+
+
+def _parsed(text: str | None) -> Any:
+    return json.loads(text) if text else None
+
+
+def _laid_over(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the sections and keys of `over` in it."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _laid_over(merged[key], value) if both else value
+    return merged
