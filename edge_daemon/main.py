@@ -400,6 +400,8 @@ class Daemon:
             durable = self.csv.sync()
         except OSError as error:
             log.error("cannot write the log to the disk: %s", error)  # noqa: TRY400
+            with self._csv_lock:
+                self._unsynced.clear()  # those rows are cut off again; the next start rebuilds them
             return
         with self._csv_lock:
             logged = []
