@@ -67,6 +67,7 @@ class Daemon:
         self._lock = _lock(config.data_dir)
         self._state = ("starting", "")
         self._since = self._started = iso(self.clock.wall())
+        self._pulled = ("", "", 0)
         self._broker_up = False
         self._ollama_up = True
         self._unsynced: deque[tuple[int, int]] = deque()  # (row, task) written to the CSV, not known to be on the disk
@@ -137,6 +138,7 @@ class Daemon:
             load_timeout_s=config.ollama.load_timeout_s,
             idle_timeout_s=config.pool.model_timeout_s,
             max_resident=config.pool.max_resident,
+            allow_pull=config.ollama.allow_pull,
         )
         return ModelPool(
             self.ollama,
@@ -148,6 +150,7 @@ class Daemon:
             available_bytes=memory_available,
             on_change=self._on_model_change,
             on_loaded=self._on_loaded,
+            on_pull=self._on_pull,
             beat=self._worker_beats,
         )
 
@@ -193,6 +196,14 @@ class Daemon:
 
     def _on_loaded(self) -> None:
         self.worker.wake()
+
+    def _on_pull(self, model: str, status: str, completed: int, total: int) -> None:
+        """At most one event a percent, since Ollama tells of every block."""
+        percent = 100 * completed // total if total else 0
+        if (model, status, percent) != self._pulled:
+            self._pulled = (model, status, percent)
+            data = {"model": model, "status": status, "percent": percent, "total_bytes": total}
+            self.bridge.publish_event(Event(type="model_pulling", ts=iso(self.clock.wall()), data=data))
 
     def _eta_s(self, task: Task) -> float | None:
         return self.worker.eta_s(task)

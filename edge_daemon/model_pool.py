@@ -38,6 +38,8 @@ class PoolLimits:
     load_timeout_s: float
     idle_timeout_s: float
     max_resident: int | None = None
+    allow_pull: bool = False
+    """A model that Ollama does not have is fetched when a task needs it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,8 +97,9 @@ class Catalogue:
         self._clock = clock
         self._estimates = estimates
         self._policy = policy
-        self._lock = threading.Lock()  # guards the three below; held while Ollama is asked, so that one asks for all
+        self._lock = threading.Lock()  # guards all below; held while Ollama is asked, so that one asks for all
         self._disk_bytes: dict[str, int] | None = None
+        self._spellings: dict[str, str] = {}
         self._details: dict[str, ModelDetails] = {}
         self._asked_at = -CATALOGUE_PAUSE_S
 
@@ -104,6 +107,12 @@ class Catalogue:
         """Ask Ollama anew."""
         with self._lock:
             self._refresh()
+
+    def spelling(self, model: str) -> str:
+        """The name as Ollama spells it: older versions know a model under no other."""
+        name = normalise(model)
+        with self._lock:
+            return self._spellings.get(name, name)
 
     def names(self) -> tuple[str, ...]:
         """Every model on disk, as far as it has been asked."""
@@ -124,7 +133,7 @@ class Catalogue:
         with self._lock:
             if name not in self._details and self._disk_bytes and name in self._disk_bytes:
                 try:
-                    self._details[name] = self._ollama.show(model)
+                    self._details[name] = self._ollama.show(self._spellings[name])
                 except ModelError as error:
                     log.debug("no details of %s: %s", model, error)
             return self._details.get(name)
@@ -152,6 +161,7 @@ class Catalogue:
         self._asked_at = self._clock.monotonic()
         tags = self._ollama.tags()
         self._disk_bytes = {normalise(tag.name): tag.size_bytes for tag in tags}
+        self._spellings = {normalise(tag.name): tag.name for tag in tags}
         self._details = {name: details for name, details in self._details.items() if name in self._disk_bytes}
         for name, size in self._disk_bytes.items():
             self._estimates.set_disk_size(name, size)
@@ -217,6 +227,7 @@ class ModelPool:
         available_bytes: memory that could be used now without swapping.
         on_change: told of every load and unload; must not raise.
         on_loaded: told when a load that was started has ended either way, from its own thread.
+        on_pull: told how a model is being fetched: its name, what is done, bytes so far, bytes in all.
         beat: called by a thread that waits here, at least every 5 s.
     """
 
@@ -232,6 +243,7 @@ class ModelPool:
         available_bytes: Callable[[], int],
         on_change: Callable[[Change], None],
         on_loaded: Callable[[], None] = lambda: None,
+        on_pull: Callable[[str, str, int, int], None] = lambda *_: None,
         beat: Callable[[], None] = lambda: None,
     ) -> None:
         self.limits = limits
@@ -243,6 +255,7 @@ class ModelPool:
         self._available_bytes = available_bytes
         self._on_change = on_change
         self._on_loaded = on_loaded
+        self._on_pull = on_pull
         self._beat = beat
         self._models: dict[str, _Loaded] = {}
         self._order: _Order | None = None
@@ -312,9 +325,13 @@ class ModelPool:
     def _used_bytes(self) -> int:
         return sum(loaded.size_bytes for loaded in list(self._models.values()))
 
+    def is_missing(self, model: str) -> bool:
+        """Whether Ollama is known not to have ``model``, and may not fetch it."""
+        return not self.limits.allow_pull and self.catalogue.has(model) is False
+
     def check(self, model: str) -> None:
         """Raises ModelMissing or ModelTooLarge for a model that can never run here. Any thread may ask."""
-        if self.catalogue.has(model) is False:
+        if self.is_missing(model):
             raise ModelMissing(f"Ollama has no model {model}")
         size = self.catalogue.size_bytes(model)
         if size > self.limits.budget_bytes:
@@ -350,9 +367,7 @@ class ModelPool:
         name = normalise(model)
         self.check(name)
         gone = tuple(victim for victim in map(normalise, evict) if self.unload(victim, reason=f"room for {name}"))
-        need, room = self.catalogue.size_bytes(name), self.room_bytes() - self._used_bytes()
-        if need > room:
-            raise NoMemory(f"{name} needs about {need // MIB} MiB, {max(0, room) // MIB} MiB are free for it")
+        need = self._admitted(name)
         thread = _Loading(name, lambda interrupt: self._load(name, interrupt), self._on_loaded)
         self._order = _Order(
             thread=thread,
@@ -366,14 +381,31 @@ class ModelPool:
         self._publish()
         thread.start()
 
+    def _admitted(self, name: str) -> int:
+        """The bytes that ``name`` needs; raises NoMemory when they are not there."""
+        need, room = self.catalogue.size_bytes(name), self.room_bytes() - self._used_bytes()
+        if need > room:
+            raise NoMemory(f"{name} needs about {need // MIB} MiB, {max(0, room) // MIB} MiB are free for it")
+        return need
+
     def _load(self, name: str, interrupt: Interrupt) -> float:
+        if self.limits.allow_pull and self.catalogue.has(name) is False:
+            self._pull(name, interrupt)
         return self._ollama.load(
-            name,
+            self.catalogue.spelling(name),
             options=self._policy(name).options,
             keep_alive_s=self.lease_s(name),
             timeout_s=self.limits.load_timeout_s,
             interrupt=interrupt,
         )
+
+    def _pull(self, name: str, interrupt: Interrupt) -> None:
+        """Fetch a model, then judge it anew: its size is known only now."""
+        log.info("fetching %s", name)
+        self._ollama.pull(name, on_progress=lambda *progress: self._on_pull(name, *progress), interrupt=interrupt)
+        self.catalogue.refresh()
+        self.check(name)
+        self._admitted(name)
 
     def interrupt_load(self, reason: str) -> None:
         """Break off the load that is on its way, if there is one. Any thread may ask."""
@@ -442,7 +474,7 @@ class ModelPool:
             return False
         began, size = self._clock.monotonic(), self._models[name].size_bytes
         self._publish(unloading=name)
-        self._ollama.unload(name)
+        self._ollama.unload(self.catalogue.spelling(name))
         gone = self._await_gone(name)
         if gone:
             del self._models[name]

@@ -45,6 +45,10 @@ MAX_LINE_BYTES = 1 << 20
 BEAT_S = 5.0
 """A waiting caller gives a sign of life at least this often."""
 
+PULL_STALL_S = 300.0
+"""Ollama retries a stalled download by itself; after this long without a word it is taken for stuck."""
+PULL_LIMIT_S = 86_400.0
+
 _MAX_NUMBER = 10**15
 _MAX_ERROR_CHARS = 300
 _READ_BYTES = 1 << 16
@@ -261,6 +265,21 @@ class Ollama:
         """Have ``model`` unloaded as soon as it is idle; it is gone when `running` no longer lists it."""
         with suppress(ModelMissing):
             self._ask("POST", "/api/generate", {"model": model, "keep_alive": 0, "stream": False})
+
+    def pull(self, model: str, *, on_progress: Callable[[str, int, int], None], interrupt: Interrupt) -> None:
+        """Have Ollama fetch ``model``, telling ``on_progress`` what it does and how many bytes of how many it has.
+
+        What was fetched before an interruption is kept, and the next pull goes on from there.
+
+        Raises:
+            DeadlineExceeded: nothing was heard for ``PULL_STALL_S``.
+            ModelMissing: there is no such model to fetch.
+            Interrupted: by ``interrupt``.
+        """
+        late = partial(DeadlineExceeded, "pull", PULL_STALL_S)
+        with self._exchange("POST", "/api/pull", {"model": model}, PULL_LIMIT_S, interrupt) as exchange:
+            while (line := exchange.next(time.monotonic() + PULL_STALL_S, late)).get("status") != "success":
+                on_progress(_string(line, "status"), _number(line, "completed"), _number(line, "total"))
 
     def generate(
         self, request: Generation, *, deadlines: Deadlines, on_text: Callable[[str], None], interrupt: Interrupt
@@ -495,7 +514,7 @@ class _Reply:
         )
 
     def _fitting(self, text: str) -> str:
-        encoded = text.encode()
+        encoded = text.encode("utf-8", "replace")  # half of a character, as a model may write it, is none
         if len(encoded) > self._room_bytes:
             encoded = encoded[: self._room_bytes]
             self._truncated = self.finished = True

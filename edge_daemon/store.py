@@ -37,7 +37,7 @@ CREATE TABLE tasks (
     preempted   INTEGER NOT NULL DEFAULT 0,
     boot_id     TEXT NOT NULL,
     accepted_at REAL NOT NULL,              -- monotonic seconds of that boot
-    synced      INTEGER NOT NULL,           -- whether the wall clock was right then
+    synced      INTEGER NOT NULL,           -- 1: the wall clock was right then, 2: and time off is still to be counted
     bytes       INTEGER NOT NULL,           -- of task and result
     unacked     INTEGER NOT NULL,           -- 1: no id of its sender's, and its PUBACK is not known to be out
     task        TEXT NOT NULL,              -- Task.to_json
@@ -293,7 +293,7 @@ class Store:
 
     def unsent_count(self) -> int:
         """How many results wait to be delivered."""
-        with self._lock:
+        with self._lock, self._guard():
             (count,) = self._db.execute("SELECT count(*) FROM tasks WHERE result IS NOT NULL AND sent = 0").fetchone()
             marked = self._marks["sent"]
             waiting = "SELECT 1 FROM tasks WHERE seq = ? AND result IS NOT NULL AND sent = 0"
@@ -325,7 +325,13 @@ class Store:
     def learnt(self) -> dict[str, dict[str, Any]]:
         """Facts by model name, as ``learn`` stored them."""
         with self._lock:
-            return {model: json.loads(facts) for model, facts in self._db.execute("SELECT model, facts FROM learnt")}
+            with self._guard():
+                rows = self._db.execute("SELECT model, facts FROM learnt").fetchall()
+            known = {}
+            for model, facts in rows:
+                with contextlib.suppress(ValueError):  # damaged: it will be learnt anew
+                    known[model] = json.loads(facts)
+            return known
 
     def learn(self, model: str, facts: dict[str, Any]) -> None:
         """Replace the facts of one model, with the next commit."""
@@ -347,7 +353,8 @@ class Store:
         Those go that were kept for ``retention_s``, and the oldest of the rest while all take more than
         ``retention_bytes``. The newest row stays, because its ``seq`` must never be given again.
         """
-        with self._lock:
+        with self._lock, self._guard():
+            self.flush()
             doomed, freed = self._doomed()
             if doomed:
                 with self._transaction():
@@ -422,12 +429,28 @@ class Store:
 
     def _rows(self, where: str, values: tuple[object, ...]) -> Iterator[Stored]:
         with self._guard():
-            cursor = self._db.execute(
+            rows = self._db.execute(
                 "SELECT seq, task, state, attempt, preempted, accepted_at, partial, partial_tokens, result"  # noqa: S608
                 f" FROM tasks WHERE {where}",
                 values,
+            ).fetchall()
+        for row in rows:
+            try:
+                stored = _stored_from_row(row)
+            except (ValueError, TypeError) as error:
+                self._take_out(row[0], error)
+            else:
+                yield stored
+
+    def _take_out(self, seq: int, error: Exception) -> None:
+        """A row that a damaged disk has made unreadable leaves all queues, so that the others can be served."""
+        log.error("task %d cannot be read from the queue file and is given up: %s", seq, error)
+        with self._guard():
+            self._db.execute(
+                "UPDATE tasks SET src = '', id = seq, state = 'failed', result = '', finished_at = ?, sent = 2,"
+                " logged = 1, unacked = 0 WHERE seq = ?",
+                (self._clock.wall(), seq),
             )
-            yield from map(_stored_from_row, cursor)
 
     def _remember(self, stored: Stored, size: int) -> None:
         src = stored.task.src
@@ -456,6 +479,8 @@ class Store:
                 self._db.execute("UPDATE tasks SET state = 'queued' WHERE result IS NULL AND state = 'running'")
         for stored in self._rows("result IS NULL ORDER BY seq", ()):
             self._remember(stored, len(stored.task.to_json().encode()))
+        carried = self._db.execute("SELECT seq FROM tasks WHERE result IS NULL AND synced = 2")
+        self._before_boot = {seq for (seq,) in carried}
         (finished,) = self._db.execute("SELECT total(bytes) FROM tasks WHERE finished_at IS NOT NULL").fetchone()
         self._finished_bytes = int(finished)
 
@@ -471,10 +496,9 @@ class Store:
             for seq, row_boot, accepted_at, synced in rows:
                 waited = last_seen[row_boot] - accepted_at
                 self._db.execute(
-                    "UPDATE tasks SET boot_id = ?, accepted_at = ? WHERE seq = ?", (self._boot_id, now - waited, seq)
+                    "UPDATE tasks SET boot_id = ?, accepted_at = ?, synced = ? WHERE seq = ?",
+                    (self._boot_id, now - waited, 2 if synced else 0, seq),
                 )
-                if synced:
-                    self._before_boot.add(seq)
 
     def _count_time_off(self) -> None:
         """The wall clock is right now: the time that the machine was off counts after all."""
@@ -483,7 +507,9 @@ class Store:
         with self._transaction():
             for stored in carried:
                 accepted_at = min(stored.accepted_at, now - (wall - stored.task.received_at))
-                self._db.execute("UPDATE tasks SET accepted_at = ? WHERE seq = ?", (accepted_at, stored.seq))
+                self._db.execute(
+                    "UPDATE tasks SET accepted_at = ?, synced = 1 WHERE seq = ?", (accepted_at, stored.seq)
+                )
                 if stored.seq in self._ready:
                     self._ready.discard(stored.seq)
                     self._ready.add(replace(stored, accepted_at=accepted_at))
@@ -504,6 +530,7 @@ def _open(path: Path) -> sqlite3.Connection:
 
 def _prepared(path: Path) -> sqlite3.Connection:
     db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    db.text_factory = _text
     try:
         # One process owns the file: SQLite before 3.51.3 can corrupt a WAL that two connections write.
         db.execute("PRAGMA locking_mode = EXCLUSIVE")
@@ -522,6 +549,14 @@ def _prepared(path: Path) -> sqlite3.Connection:
         db.close()
         raise
     return db
+
+
+def _text(data: bytes) -> str:
+    """Text of the file; what a damaged disk has made undecodable reads as empty."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return ""
 
 
 def _code(error: sqlite3.Error) -> int | None:
@@ -563,6 +598,8 @@ def _stored_from_row(row: tuple[Any, ...]) -> Stored:
 
 
 ClassKey = tuple[str, Priority, int]
+SLACK = 64
+"""So many entries of tasks that no longer wait are always borne with."""
 
 
 class _ReadyIndex:
@@ -597,6 +634,14 @@ class _ReadyIndex:
         self._counts[key] += 1
         heapq.heappush(self._heaps.setdefault(key, []), stored.seq)
         heapq.heappush(self._expiries, (entry.expires_at, stored.seq))
+        self._tidy(key)
+
+    def _tidy(self, key: ClassKey) -> None:
+        """Rebuild what holds more of the past than of the present."""
+        if len(self._heaps[key]) > 2 * self._counts[key] + SLACK:
+            self._heaps[key] = sorted({seq for seq in self._heaps[key] if seq in self._live})
+        if len(self._expiries) > 2 * len(self._live) + SLACK:
+            self._expiries = sorted((entry.expires_at, seq) for seq, (_, entry) in self._live.items())
 
     def discard(self, seq: int) -> None:
         if seq not in self._live:

@@ -331,9 +331,9 @@ class Worker(threading.Thread):
 
         A model on its way into memory takes no task before it is there, so that resident ones go on meanwhile.
         """
-        if self._breakers.is_open(model) or self._pool.catalogue.has(model) is False:
+        if self._breakers.is_open(model) or self._pool.is_missing(model):
             for fallback in self._rules.fallbacks(model):
-                if not self._breakers.is_open(fallback) and self._pool.catalogue.has(fallback) is not False:
+                if not self._breakers.is_open(fallback) and not self._pool.is_missing(fallback):
                     model = fallback
                     break
         return model if self._breakers.may_try(model, now) and model != self._pool.loading else None
@@ -509,7 +509,7 @@ class Worker(threading.Thread):
         if stored.partial:
             messages = (*messages, Message(role="assistant", content=stored.partial))
         return Generation(
-            model=model,
+            model=self._pool.catalogue.spelling(model),
             messages=messages,
             system=task.system,
             options={**self._pool.options(model), **task.options, "num_predict": num_predict},
