@@ -591,6 +591,7 @@ _MEANINGS: tuple[tuple[type[ModelError], tuple[str, ...]], ...] = (
     ),
     (ModelBroken, ("invalid file magic", "unable to load model", "may be incompatible", "unexpectedly reached end")),
     (BadRequest, ("does not support", "must be of type", "invalid model name", "invalid json schema")),
+    (ModelMissing, ("file does not exist",)),  # what a pull says of a name that nobody knows
     (OllamaBusy, ("server busy", "no slots available", "unexpected server status")),
 )
 _STATUSES: Mapping[int, type[ModelError]] = {404: ModelMissing, 499: OllamaBusy, 502: OllamaBusy, 503: OllamaBusy}
