@@ -307,10 +307,11 @@ class Daemon:
         systemd.stopping("stopping")
         systemd.extend_timeout(self.config.drain_timeout_s + 3 * GOODBYE_S)
         self.intake.drain()
+        self.bridge.hold()
         self._set_state("draining", failure or "")
         if failure is None:
             threading.Thread(target=self._hurry_on_signal, name="signals", daemon=True).start()
-            self.worker.stop(drain_s=self.config.drain_timeout_s)
+            self.worker.stop(drain_s=self.config.drain_timeout_s, beat=systemd.watchdog)
             if self._ollama_up:
                 self.pool.unload_all("the daemon stops")
         self._event("daemon_stopping", severity="error" if failure else "info", data={"reason": failure or "asked"})

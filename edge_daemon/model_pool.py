@@ -114,6 +114,12 @@ class Catalogue:
         with self._lock:
             return self._spellings.get(name, name)
 
+    def forget(self, model: str) -> None:
+        """It turned out to be missing: ask anew before it is believed to be there."""
+        with self._lock:
+            if self._disk_bytes is not None:
+                self._disk_bytes.pop(normalise(model), None)
+
     def names(self) -> tuple[str, ...]:
         """Every model on disk, as far as it has been asked."""
         with self._lock:

@@ -170,6 +170,7 @@ class _Shared:
     leaving: threading.Event = field(default_factory=threading.Event)
     """We have said goodbye: an ``offline`` from now on is our own."""
     stopping: threading.Event = field(default_factory=threading.Event)
+    holding: threading.Event = field(default_factory=threading.Event)
     inbox: "SimpleQueue[_Arrival | _Wake]" = field(default_factory=SimpleQueue)
     """For the intake."""
     mail: SimpleQueue[Any] = field(default_factory=SimpleQueue)
@@ -235,6 +236,10 @@ class MqttBridge:
         self._mail.put(_Wake())
 
     # -- the end
+
+    def hold(self) -> None:
+        """Take no further tasks: the broker keeps them for the next start. Those at QoS 0 are refused."""
+        self._shared.holding.set()
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until everything that can be sent is confirmed. False when it took too long or nobody is there."""
@@ -537,6 +542,8 @@ class _IntakeThread(_Thread):
         while not self.shared.stopping.is_set():
             self.beat()
             group = self._next_group()
+            if self.shared.holding.is_set():
+                group = [arrival for arrival in group if not arrival.qos]
             if group:
                 self._line += (arrival for arrival in group if arrival.qos)
                 self._take(group)

@@ -50,7 +50,7 @@ from edge_daemon.telemetry import TaskMeter, TaskUsage
 
 log = logging.getLogger(__name__)
 
-BEAT_S = 10.0
+BEAT_S = 15.0
 """The longest that the loop waits for something to happen."""
 LOOK_S = 1.0
 """How old the knowledge of what is resident may be when a decision is made."""
@@ -185,10 +185,12 @@ class Worker(threading.Thread):
         view = self._view(self._store.heads(), also=task.model)
         wait_s = estimate_wait(view, head)
         running = self._running
-        if wait_s is None or running is None:
-            return wait_s
-        spent_s = self._clock.monotonic() - running.began_at
-        return wait_s + max(0.0, view.costs[running.decision.model].run_s - spent_s)
+        if wait_s is None:
+            return None
+        if running is not None:
+            spent_s = self._clock.monotonic() - running.began_at
+            wait_s += max(0.0, view.costs[running.decision.model].run_s - spent_s)
+        return round(wait_s, 1)
 
     def cancel(self, src: str | None, task_id: str) -> None:
         """End a task, whether it waits or runs; one that has ended or is not known is left alone."""
@@ -204,15 +206,21 @@ class Worker(threading.Thread):
                 return
             self._end_unrun(stored, TaskState.CANCELLED)
 
-    def stop(self, *, drain_s: float) -> None:
-        """Take no further task; let the running one finish within ``drain_s``, else put it aside. Then return."""
+    def stop(self, *, drain_s: float, beat: Callable[[], None] = lambda: None) -> None:
+        """Take no further task; let the running one finish within ``drain_s``, else put it aside. Then return.
+
+        ``beat`` is called every second while that takes.
+        """
         self._stopping.set()
         self._awake.set()
         if self._running is None:
             self._pool.interrupt_load("stopped")
-        self.join(drain_s)
-        self.hurry()
-        self.join()
+        deadline = self._clock.monotonic() + drain_s
+        while self.is_alive():
+            if self._clock.monotonic() >= deadline:
+                self.hurry()
+            self.join(min(1.0, max(0.01, deadline - self._clock.monotonic())))
+            beat()
 
     def hurry(self) -> None:
         """Put the running task aside now."""
@@ -577,6 +585,8 @@ class Worker(threading.Thread):
         """Try again later, or end it."""
         stored, model = running.stored, running.decision.model
         self._look_again()
+        if isinstance(error, ModelMissing):
+            self._pool.catalogue.forget(model)
         was_open = self._breakers.is_open(model)
         rest_s = self._breakers.failed(model, self._clock.monotonic())
         if self._breakers.is_open(model) and not was_open:
