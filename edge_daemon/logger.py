@@ -10,10 +10,12 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from math import isfinite
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Any, BinaryIO, Literal, TypedDict, Unpack
 
 from edge_daemon.clock import Clock, iso
 from edge_daemon.messages import Event, Record, Result, Task, compact
@@ -37,6 +39,7 @@ CUT_TEXT = 200
 
 _FORMULA = re.compile("'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
 _NEEDS_QUOTES = re.compile('[",\r\n]')
+_BLOCK = 1 << 20  # bytes read at once: a file may be larger than what is left of the memory
 _FILE_MODE = 0o640  # prompts are nobody else's business
 
 Row = dict[str, Any]
@@ -267,7 +270,9 @@ class CsvLog:
 
     def _heal(self, fd: int) -> int:
         """Move a torn end aside, write the header if there is none, and return the size."""
-        end, size = _last_record(self._path)[1], os.fstat(fd).st_size
+        with self._path.open("rb") as file:
+            end = next(_record_ends(file))
+        size = os.fstat(fd).st_size
         if 0 < end < size:
             with suppress(OSError):  # on a full disk it is better to go on without half a row
                 _save(self._path.with_name(self._path.name + ".torn"), os.pread(fd, size - end, end))
@@ -496,31 +501,35 @@ def _is_foreign(path: Path) -> bool:
         return False
 
 
-def _last_record(path: Path) -> tuple[int, int]:
-    """Where the last complete record of a file begins and ends, as byte offsets.
+def _record_ends(file: BinaryIO) -> Iterator[int]:
+    """Where the complete records of a file end, from the last one backwards, and at last its beginning.
 
     A line break ends a record only when the quotes before it are even in number: a quote inside a cell is doubled.
     """
-    begin = end = position = quotes = 0
-    with path.open("rb") as file:
-        for line in file:
-            position += len(line)
-            quotes += line.count(b'"')
-            if quotes % 2 == 0 and line.endswith(b"\n"):
-                begin, end = end, position
-    return begin, end
+    quotes = sum(block.count(b'"') for block in iter(partial(file.read, _BLOCK), b""))
+    for start in range((file.tell() - 1) // _BLOCK * _BLOCK, -1, -_BLOCK):
+        file.seek(start)
+        block = file.read(_BLOCK)
+        position = len(block)
+        while (line_break := block.rfind(b"\n", 0, position)) >= 0:
+            quotes -= block.count(b'"', line_break, position)
+            if quotes % 2 == 0:
+                yield start + line_break + 1
+            position = line_break
+        quotes -= block.count(b'"', 0, position)
+    yield 0
 
 
 def _last_seq(path: Path) -> int:
-    """The ``seq`` of the last row, 0 when it has none or cannot be read."""
-    try:
-        begin, end = _last_record(path)
-        with path.open("rb") as file:
-            file.seek(begin)
-            last = file.read(end - begin).decode("utf-8", "replace")
-    except OSError:
+    """The ``seq`` of the last row, 0 when there is none or it cannot be read."""
+    columns = _columns(path)
+    if "seq" not in columns:
         return 0
-    seq = dict(zip(_columns(path), _first_record([last]), strict=False)).get("seq", "")
+    with path.open("rb") as file:
+        end, begin, *_ = *islice(_record_ends(file), 2), 0
+        file.seek(begin)
+        last = file.read(end - begin).decode("utf-8", "replace")
+    seq = dict(zip(columns, _first_record([last]), strict=False)).get("seq", "")
     return int(seq) if seq.isdecimal() else 0
 
 

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from edge_daemon import logger
 from edge_daemon.logger import (
     COLUMNS,
     CUT_TEXT,
@@ -191,6 +192,12 @@ def test_any_text_comes_back(tmp_path: Path, fast_disk: None, text: str, label: 
     assert bare(found["src"]) == label.replace("\0", "")
 
 
+def test_half_a_surrogate_pair_is_replaced(tmp_path: Path, new_log: NewLog) -> None:
+    """Half a character, as a model may write it, does not stop the log."""
+    new_log(tmp_path).append([row("1", prompt="a\ud83d")])
+    assert read_all(tmp_path)[0]["prompt"] == "a?"
+
+
 @pytest.mark.parametrize(
     ("option", "shown"), [("full", "x" * 300), ("cut", "x" * CUT_TEXT + "…"), ("off", "")], ids=["full", "cut", "off"]
 )
@@ -274,10 +281,24 @@ def test_foreign_file_is_put_aside_untouched(tmp_path: Path, foreign: bytes, new
 
 def test_rows_of_an_older_version_are_found(tmp_path: Path, new_log: NewLog) -> None:
     """After an upgrade that adds columns, the old file still says what is logged, and the numbers go on from it."""
-    (tmp_path / "llm_metrics.csv").write_bytes(b"record,seq,task_id,src\ntask,41,a,cam\ntask,42,b,cam\n")
+    (tmp_path / "llm_metrics.csv").write_bytes(b"record,seq,task_id,src\ntask,9\ntask,41,a,cam\ntask,42,b,cam\n")
     log = new_log(tmp_path)
     assert log.contains({("cam", "a"), ("cam", "c")}) == {("cam", "a")}
     assert log.append([row("c")]) == 43
+
+
+def test_directory_in_the_way(tmp_path: Path, new_log: NewLog) -> None:
+    """What has the name of an old file but cannot be read, stops nothing and keeps its name."""
+    (tmp_path / "llm_metrics.4.csv").mkdir()
+    log = new_log(tmp_path, rotate_bytes=10, keep=1)
+    for n in range(4):
+        log.append([row(str(n))])
+    assert log.contains({("cam", "2"), ("cam", "gone")}) == {("cam", "2")}
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "llm_metrics.4.csv",
+        "llm_metrics.7.csv",
+        "llm_metrics.csv",
+    ]
 
 
 def test_logrotate_moves_the_file(tmp_path: Path, new_log: NewLog) -> None:
@@ -311,9 +332,13 @@ def test_sync_tells_what_is_safe(tmp_path: Path, new_log: NewLog) -> None:
     assert log.dirty
     assert log.sync() == 2
     assert not log.dirty
+    log.append([row("3")])
+    log.close()
+    assert not log.dirty
     again = new_log(tmp_path)
-    assert again.contains({("cam", "2")}) == {("cam", "2")}
-    assert again.sync() == 2
+    assert again.contains({("cam", "3")}) == {("cam", "3")}
+    assert not again.dirty
+    assert again.sync() == 3
 
 
 def test_contains_looks_into_all_files(tmp_path: Path, new_log: NewLog) -> None:
@@ -325,6 +350,17 @@ def test_contains_looks_into_all_files(tmp_path: Path, new_log: NewLog) -> None:
     wanted = {("=cam", "-0"), ("=cam", "-19"), ("=cam", "m"), ("other", "-1"), ("=cam", "1")}
     assert new_log(tmp_path).contains(wanted) == {("=cam", "-0"), ("=cam", "-19")}
     assert new_log(tmp_path).contains(set()) == set()
+
+
+def test_contains_stops_early(tmp_path: Path, new_log: NewLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Old files are not read for rows that the newest one has."""
+    log = new_log(tmp_path, rotate_bytes=1000)
+    for n in range(20):
+        log.append([row(str(n))])
+    real = logger._task_keys
+    newest_only = {tmp_path / "llm_metrics.csv": real(tmp_path / "llm_metrics.csv")}
+    monkeypatch.setattr(logger, "_task_keys", newest_only.__getitem__)
+    assert log.contains({("cam", "19")}) == {("cam", "19")}
 
 
 def test_failed_sync_cuts_what_may_be_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, new_log: NewLog) -> None:
@@ -352,11 +388,12 @@ def test_failed_rotation_is_told_to_the_next_sync(
         broken.setattr(os, "fsync", failing(errno.EIO))
         with pytest.raises(OSError, match="Input/output"):
             log.append([row("big", prompt="x" * 1000)])
-    assert log.append([row("2")]) == 2
+    log.append([row("2")])
     with pytest.raises(OSError, match="Input/output"):
         log.sync()
-    assert log.sync() == 2
-    assert [found["task_id"] for found in read_all(tmp_path)] == ["2"]
+    last = log.append([row("1"), row("2")])
+    assert log.sync() == last
+    assert [found["task_id"] for found in read_all(tmp_path)] == ["1", "2"]
 
 
 # -- crashes
@@ -381,6 +418,25 @@ def test_every_torn_end_is_healed(tmp_path: Path, fast_disk: None, new_log: NewL
         assert path.read_bytes() == whole[:kept]
         torn = tmp_path / "llm_metrics.csv.torn"
         assert (torn.read_bytes() if torn.exists() else b"") == whole[kept:cut]
+
+
+@pytest.mark.parametrize("block", [1, 2, 7, 100])
+def test_records_end_where_they_end_in_any_block(
+    tmp_path: Path, new_log: NewLog, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large file is read in blocks, and it does not matter where one ends."""
+    log, path = new_log(tmp_path), tmp_path / "llm_metrics.csv"
+    ends = [len(HEADER)]
+    for n in range(20):
+        log.append([row(str(n), prompt=NASTY * (n % 3))])
+        ends.append(path.stat().st_size)
+    monkeypatch.setattr(logger, "_BLOCK", block)
+    for torn in (b"", b"half", b'"\n'):
+        with path.open("ab") as file:
+            file.write(torn)
+        with path.open("rb") as file:
+            assert [*logger._record_ends(file)] == [*reversed(ends), 0]
+        os.truncate(path, ends[-1])
 
 
 @pytest.mark.parametrize("cut", range(0, len(HEADER), 7))

@@ -274,6 +274,13 @@ def test_hidden_runner_is_measured_by_its_service(tmp_path: Path) -> None:
     assert (usage.runner_cpu_seconds, usage.runner_rss_bytes) == (2.25, 4096)
 
 
+def test_visible_runner_is_measured_by_itself(tmp_path: Path, new_worker: Callable[[str], Worker]) -> None:
+    """The service as a whole is only asked when no runner can be seen."""
+    write(tmp_path, "fs/cgroup/system.slice/ollama.service/cpu.stat", "usage_usec 7500000\n")
+    worker = new_worker(str(tmp_path))
+    assert [*Runners(Board(tmp_path), marked(str(tmp_path))).consumption()] == [worker.process.pid]
+
+
 def test_usage_is_columns_of_the_log() -> None:
     """The log takes the fields of a usage as they are."""
     assert set(TaskUsage.__dataclass_fields__) <= set(COLUMNS)
