@@ -107,7 +107,9 @@ class _Running:
     stored: Stored
     decision: Decision
     began_at: float
-    ensured: Ensured
+    ensured: Ensured | None
+    """The load that was done for it; None when its model could not be loaded."""
+    meter: TaskMeter | None = None
     interrupt: Interrupt = field(default_factory=Interrupt)
 
 
@@ -408,6 +410,7 @@ class Worker(threading.Thread):
         log.warning("could not load %s: %s", decision.model, error)
         running = self._claim(decision)
         if running is not None and not self._is_poison(running):
+            running.ensured = None
             self._conclude(running, self._failed(running, error))
 
     # -- running
@@ -453,7 +456,7 @@ class Worker(threading.Thread):
             self._running = None
         if finished is not None:
             self._end(finished)
-        else:
+        elif running.ensured is not None:
             self._loaded(running.ensured)  # the next attempt is the one that the load was for
 
     def _prefetch(self, running: str) -> None:
@@ -471,7 +474,7 @@ class Worker(threading.Thread):
     def _attempt(self, running: _Running) -> Finished:
         stored, model = running.stored, running.decision.model
         task = stored.task
-        meter = self._meter()
+        running.meter = self._meter()
         stream = self._stream(stored) if task.stream else None
 
         def on_text(text: str) -> None:
@@ -493,7 +496,7 @@ class Worker(threading.Thread):
             self._hooks.event("breaker_closed", "info", {"model": model})
         self._learn(task, model, answer)
         result = self._result(running, **_outcome(stored, answer))
-        return self._finished(running, result, answer=answer, usage=meter.finish())
+        return self._finished(running, result, answer)
 
     def _stream(self, stored: Stored) -> "_Stream":
         """The same one over all runs of a task, so that its numbers go on rising."""
@@ -622,20 +625,27 @@ class Worker(threading.Thread):
         if self._store.finish(finished.stored.seq, finished.result):
             self._hooks.finished(finished)
 
-    def _finished(self, running: _Running, result: Result, **how: Any) -> Finished:
-        return Finished(stored=running.stored, result=result, decision=running.decision, ensured=running.ensured, **how)
+    def _finished(self, running: _Running, result: Result, answer: Answer | None = None) -> Finished:
+        return Finished(
+            stored=running.stored,
+            result=result,
+            decision=running.decision,
+            ensured=running.ensured,
+            answer=answer,
+            usage=running.meter.finish() if running.meter else None,
+        )
 
     def _result(self, running: _Running, **fields: Any) -> Result:
         now = self._clock.monotonic()
         total_s = now - running.stored.accepted_at
         run_s = now - running.began_at
-        load_s = running.ensured.load_s
+        load_s = running.ensured.load_s if running.ensured else 0.0
         return self._terminal(
             running.stored,
             model=running.decision.model,
-            swapped=bool(running.ensured.evicted),
+            swapped=bool(running.ensured and running.ensured.evicted),
             queued_s=round(max(0.0, total_s - load_s - run_s), 6),
-            load_s=round(load_s, 6),
+            load_s=round(load_s, 6) if running.ensured else None,
             run_s=round(run_s, 6),
             total_s=round(total_s, 6),
             **fields,
