@@ -9,6 +9,7 @@ and only while connected; all else waits in the store's outbox. Callbacks of pah
 import logging
 import random
 import re
+import socket
 import ssl
 import threading
 import time
@@ -361,6 +362,7 @@ class _Connection:
         client.on_message = self._on_message
         client.on_publish = self._on_publish
         client.on_subscribe = self._on_subscribe
+        client.on_socket_open = _send_at_once
         # With this set, paho leaves all writing to the thread that calls loop().
         client.on_socket_register_write = _leave_it_to_the_loop
         return client
@@ -444,6 +446,11 @@ class _Connection:
 
     def _on_publish(self, _client: Client, _userdata: Any, mid: int, reason: ReasonCode, _properties: Any) -> None:
         self._shared.mail.put(_Confirmed(self, mid, str(reason) if reason.is_failure else None))
+
+
+def _send_at_once(_client: Client, _userdata: Any, opened: socket.socket) -> None:
+    """Else a status would wait up to 40 ms for the broker's word that the PUBACK before it has come."""
+    opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 def _leave_it_to_the_loop(_client: Client, _userdata: Any, _socket: Any) -> None:
