@@ -73,6 +73,8 @@ class Record:
             ValueError: a field is missing, unknown or not of its type.
         """
         hints = _hints(cls)  # type: ignore[arg-type]  # classes are hashable; mypy is unsure of Self
+        if not isinstance(data, Mapping):
+            raise ValueError(f"{cls.__name__}: {data!r} is not an object")
         if unknown := set(data) - set(hints):
             raise ValueError(f"{cls.__name__}: unknown field {min(unknown)!r}")
         try:
@@ -112,19 +114,28 @@ def _typed(value: Any, hint: Any) -> Any:
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         members = [m for m in typing.get_args(hint) if m is not type(None)]
         return None if value is None else _typed(value, members[0])
-    if typing.get_origin(hint) is tuple:
+    origin = typing.get_origin(hint) or hint
+    allowed: Any = _JSON_TYPES.get(origin, object)
+    if not isinstance(value, allowed) or (isinstance(value, bool) and origin is not bool):
+        raise ValueError(f"{value!r} is not {origin.__name__}")
+    if origin is tuple:
         return tuple(_typed(item, typing.get_args(hint)[0]) for item in value)
-    if hint is bytes:
-        return base64.b64decode(value)
-    if hint is float:
+    if origin is bytes:
+        return base64.b64decode(value, validate=True)
+    if origin is float:
         return float(value)
-    if isinstance(hint, type) and issubclass(hint, Record):
-        return hint.from_dict(value)
-    if isinstance(hint, type) and issubclass(hint, StrEnum):
-        return hint(value)
-    if isinstance(hint, type) and not isinstance(value, hint):
-        raise ValueError(f"{value!r} is not {hint.__name__}")
-    return value
+    if issubclass(origin, Record):
+        return origin.from_dict(value)
+    return origin(value) if issubclass(origin, StrEnum) else value
+
+
+# What JSON has for a type of ours.
+_JSON_TYPES: dict[type, type | tuple[type, ...]] = {
+    **{kind: kind for kind in (str, int, bool, dict)},
+    tuple: list,
+    bytes: str,
+    float: (int, float),
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -520,8 +520,8 @@ def _open(path: Path) -> sqlite3.Connection:
     """The database, created or checked; a file that is no database is set aside and a new one begun."""
     try:
         return _prepared(path)
-    except sqlite3.DatabaseError as error:
-        if _code(error) not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # the latter: SQLite quotes damage in its message
+        if isinstance(error, sqlite3.Error) and _code(error) not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
             raise StoreError(f"{path}: {error}") from error
         aside = _set_aside(path)
         log.error("the queue file was damaged (%s): moved to %s, starting with an empty queue", error, aside)  # noqa: TRY400
@@ -542,9 +542,13 @@ def _prepared(path: Path) -> sqlite3.Connection:
             raise StoreTooNew(f"{path}: written by a later version of edge-llm (schema {version}); install that one")
         if version == 0:
             db.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
-        (verdict,) = db.execute("PRAGMA quick_check(1)").fetchone()
-        if verdict != "ok":
+        if _verdict(db) != "ok":
+            with contextlib.suppress(sqlite3.DatabaseError):
+                db.execute("REINDEX")  # the damage may be in an index alone: it can be made anew
+        if (verdict := _verdict(db)) != "ok":
             raise _damaged(verdict)
+        if _layout(db) != _layout_as_made():
+            raise _damaged("its tables are not as they were made")
     except BaseException:
         db.close()
         raise
@@ -563,6 +567,25 @@ def _code(error: sqlite3.Error) -> int | None:
     """SQLite's primary code; None when the error is Python's own, such as a closed connection."""
     code = getattr(error, "sqlite_errorcode", None)
     return None if code is None else code & 0xFF
+
+
+def _verdict(db: sqlite3.Connection) -> str:
+    """``ok``, or the first thing that is wrong; unlike ``quick_check`` this sees an index that belies its table."""
+    return str(db.execute("PRAGMA integrity_check(1)").fetchone()[0])
+
+
+def _layout(db: sqlite3.Connection) -> list[tuple[str, ...]]:
+    """Every index, and every column of every table."""
+    columns = (
+        "SELECT m.type, m.name, c.name FROM sqlite_master m LEFT JOIN pragma_table_info(m.name) c ORDER BY 1, 2, 3"
+    )
+    return list(db.execute(columns))
+
+
+def _layout_as_made() -> list[tuple[str, ...]]:
+    with contextlib.closing(sqlite3.connect(":memory:")) as db:
+        db.executescript(SCHEMA)
+        return _layout(db)
 
 
 def _damaged(verdict: str) -> sqlite3.DatabaseError:
@@ -593,7 +616,7 @@ def _stored_from_row(row: tuple[Any, ...]) -> Stored:
         accepted_at=accepted_at,
         partial=partial,
         partial_tokens=partial_tokens,
-        result=Result.from_dict(json.loads(result)) if result else None,
+        result=Result.from_dict(json.loads(result)) if result is not None else None,
     )
 
 
