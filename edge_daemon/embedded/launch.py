@@ -17,6 +17,7 @@ from edge_daemon.embedded.process import Child
 BrokerKind = Literal["mosquitto", "amqtt"]
 
 _HOST = "127.0.0.1"
+_LARGEST_PORT = 65535
 _START_TIMEOUT_S = 60.0
 _STOP_GRACE_S = 5.0
 
@@ -131,11 +132,11 @@ def _broker_program(kind: BrokerKind | None) -> tuple[BrokerKind, list[str]]:
 
 def _free_port(port: int) -> int:
     """`port` itself if nobody listens there, a free one for 0."""
+    if not 0 <= port <= _LARGEST_PORT:
+        raise EmbeddedError(f"{port} is no port: expected 0 to {_LARGEST_PORT}")
     try:
         with socket.create_server((_HOST, port)) as listener:
             return int(listener.getsockname()[1])
-    except OverflowError as error:
-        raise EmbeddedError(f"{port} is no port: expected 0 to 65535") from error
     except PermissionError as error:
         raise EmbeddedError(f"port {port} on {_HOST} may not be opened: {error.strerror}") from error
     except OSError as error:

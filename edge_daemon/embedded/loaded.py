@@ -17,6 +17,7 @@ from edge_daemon.embedded.process import Child
 from edge_daemon.embedded.wire import ApiError, Json, RunnerOptions
 
 _LOAD_TIMEOUT_S = 300.0
+_PING_TIMEOUT_S = 5.0
 _QUICK_TIMEOUT_S = 30.0
 _UNEXPECTED_EOF = "an error was encountered while running the model: unexpected EOF"
 _GONE = "model runner has unexpectedly stopped, this may be due to resource limitations or an internal error"
@@ -59,9 +60,16 @@ class LoadedModel:
             raise ApiError(500, said["error"])
         return str(urlsplit(said["address"]).netloc)
 
-    def is_alive(self) -> bool:
-        """Whether the process is still there."""
-        return self._child.is_alive()
+    def answers(self) -> bool:
+        """Whether the process is there and responds."""
+        if not self._child.is_alive():
+            return False
+        try:
+            with contextlib.closing(self._connect(_PING_TIMEOUT_S)) as connection:
+                connection.request("GET", "/health")
+                return connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException, ApiError):
+            return False
 
     def kill(self) -> None:
         """End the process at once, without waiting for its end."""
@@ -90,7 +98,9 @@ class LoadedModel:
         with contextlib.closing(self._connect()) as connection:
             client = connection.sock
             with cancellation.stopping(lambda: _shut(client)):
-                response = self._post(connection, "/completion", {**request, "stream": True})
+                # Reports of progress make llama.cpp notice, while it reads the prompt, that we have hung up.
+                body = {**request, "stream": True, "return_progress": True}
+                response = self._post(connection, "/completion", body)
             while True:
                 with cancellation.stopping(lambda: _shut(client)):
                     chunk = _next_chunk(response)
@@ -119,8 +129,8 @@ class LoadedModel:
             answer: Json = json.loads(self._post(connection, path, body).read())
             return answer
 
-    def _connect(self) -> http.client.HTTPConnection:
-        connection = http.client.HTTPConnection(self._address, timeout=_QUICK_TIMEOUT_S)
+    def _connect(self, timeout_s: float = _QUICK_TIMEOUT_S) -> http.client.HTTPConnection:
+        connection = http.client.HTTPConnection(self._address, timeout=timeout_s)
         try:
             connection.connect()
         except OSError as error:

@@ -126,7 +126,7 @@ class Residency:
         resident = self._residents.get(model.name)
         if resident is None or resident.leaving:
             return None
-        return resident if resident.loaded.options == options and resident.loaded.is_alive() else None
+        return resident if resident.loaded.options == options and resident.loaded.answers() else None
 
     def _take(self, resident: Resident, keep_alive_s: float | None) -> Resident:
         resident.users += 1

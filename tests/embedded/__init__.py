@@ -1,0 +1,1 @@
+"""Tests of the embedded broker and model server: real processes, real models, real HTTP."""
