@@ -57,6 +57,8 @@ Assistant:
 class Manner:
     """How a model is spoken to, so that short questions get short answers; found by trial at temperature 0.
 
+    They answer at that temperature unless a request says otherwise: models so small err more often than they surprise.
+
     `system` is what it is told when a request has no system message; `chat_template` is Jinja, None for the one in
     its file. `answer_lead` is the white space that the template leaves to the model before its answer; `stop` are
     the strings that end an answer in this template.
@@ -65,6 +67,7 @@ class Manner:
     license: str
     system: str
     repeat_penalty: float
+    temperature: float = 0.0
     chat_template: str | None = None
     stop: tuple[str, ...] = ()
     answer_lead: str = ""
@@ -213,7 +216,7 @@ def _assemble(assemble: Callable[[Path, bool], object], target: Path) -> None:
 
 _PACKAGES = {
     "smollm2:135m": _Package(
-        _smollm2, Manner(license="Apache-2.0", system="Answer in one short sentence.", repeat_penalty=1.0)
+        _smollm2, Manner(license="Apache-2.0", system="You answer briefly and correctly.", repeat_penalty=1.0)
     ),
     "gemma3:270m": _Package(
         _gemma3,

@@ -298,7 +298,8 @@ def _running(resident: Resident) -> Json:
 
 def _shown(model: Model) -> Json:
     manner = model.manner
-    parameters = [f"repeat_penalty {manner.repeat_penalty}", *(f"stop {json.dumps(text)}" for text in manner.stop)]
+    numbers = [f"repeat_penalty {manner.repeat_penalty}", f"temperature {manner.temperature}"]
+    parameters = [*numbers, *(f"stop {json.dumps(text)}" for text in manner.stop)]
     return {
         "license": manner.license,
         "modelfile": f"FROM {model.path}\nSYSTEM {manner.system}\n",

@@ -38,7 +38,6 @@ _SAMPLING: Mapping[str, type] = {
 }
 _SAMPLING_DEFAULTS: Mapping[str, Any] = {
     "num_predict": -1,
-    "temperature": 0.8,
     "top_p": 0.9,
     "min_p": 0.0,
 }
@@ -251,7 +250,9 @@ def _typed(key: str, value: Any, wanted: type) -> Any:
 
 def llama_options(request: CompletionRequest, model: Model, num_ctx: int) -> Json:
     """The sampling options in llama.cpp's names, with Ollama's defaults and the model's own."""
-    options = {**_SAMPLING_DEFAULTS, "repeat_penalty": model.manner.repeat_penalty, **request.sampling}
+    manner = model.manner
+    own = {"repeat_penalty": manner.repeat_penalty, "temperature": manner.temperature}
+    options = {**_SAMPLING_DEFAULTS, **own, **request.sampling}
     longest = _LONGEST_ANSWER_CONTEXTS * num_ctx
     asked = options.pop("num_predict")
     options["n_predict"] = asked if 0 <= asked <= longest else longest
