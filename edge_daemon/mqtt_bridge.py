@@ -969,6 +969,7 @@ class Device:
         topic: str,
         payload: bytes | str,
         *,
+        retain: bool = False,
         response_topic: str | None = None,
         fields: Mapping[str, str] | None = None,
     ) -> None:
@@ -978,7 +979,7 @@ class Device:
             properties = _properties(PacketTypes.PUBLISH, UserProperty=list((fields or {}).items()))
             if response_topic is not None:
                 properties.ResponseTopic = response_topic
-        sent = self._client.publish(topic, payload, 1, properties=properties)
+        sent = self._client.publish(topic, payload, 1, retain, properties)
         self._check(self._answer_to(sent.mid), f"a message on {topic}")
 
     def get(self, timeout_s: float) -> Received | None:
