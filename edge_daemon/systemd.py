@@ -188,7 +188,8 @@ def _notify(*assignments: str) -> None:
     message = "\n".join(assignments).encode("utf-8", "backslashreplace")
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
         sender.settimeout(_SEND_TIMEOUT_S)
-        sender.sendto(message, address)
+        sender.connect(address)  # else a full queue at the other end is asked again and again, without a pause
+        sender.send(message)
 
 
 def _stream_id(descriptor: int) -> str | None:
