@@ -36,7 +36,7 @@ def optimal_mean_flow_s(trace: Trace, budget_bytes: int, *, load_ahead: bool) ->
                 setup_s = 0.0 if mask >> m & 1 else load_s[m]
                 waits_s = released_s - (setup_s if load_ahead else 0.0)
                 span_s = setup_s + work_s[m]
-                ends = [((time_s if time_s > waits_s else waits_s) + span_s, cost_s) for time_s, cost_s in kept]
+                ends = [(max(time_s, waits_s) + span_s, cost_s) for time_s, cost_s in kept]
                 reached = [(end_s, cost_s + end_s - released_s) for end_s, cost_s in ends]
                 for mask_then in after[mask, m]:
                     following.setdefault((served_then, mask_then), []).extend(reached)

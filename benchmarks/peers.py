@@ -16,7 +16,7 @@ class Fifo:
     def __init__(self) -> None:
         self._waiting: deque[Job] = deque()
 
-    def arrived(self, job: Job, board: Board) -> None:
+    def arrived(self, job: Job) -> None:
         """Last in line."""
         self._waiting.append(job)
 
@@ -51,7 +51,7 @@ class LoadedFirst:
     def __init__(self) -> None:
         self._waiting: list[Job] = []
 
-    def arrived(self, job: Job, board: Board) -> None:
+    def arrived(self, job: Job) -> None:
         """Last in line."""
         self._waiting.append(job)
 
@@ -78,16 +78,20 @@ class Ollama:
     name = "Ollama, fed in parallel"
 
     def __init__(self) -> None:
+        self._fresh: list[Job] = []
         self._granted: deque[Job] = deque()
         self._pending: deque[Job] = deque()
         self._expiring: str | None = None
 
-    def arrived(self, job: Job, board: Board) -> None:
-        """Past the line if its model is loaded."""
-        (self._granted if job.model.name in board.resident else self._pending).append(job)
+    def arrived(self, job: Job) -> None:
+        """Seen at the next step."""
+        self._fresh.append(job)
 
     def step(self, board: Board) -> Step | None:
         """Load for the head of the line as soon as there is room, else serve what is granted."""
+        for job in self._fresh:
+            (self._granted if job.model.name in board.resident else self._pending).append(job)
+        self._fresh.clear()
         if self._pending:
             evict = self._room(self._pending[0].model.name, board)
             if evict is not None:

@@ -4,6 +4,7 @@ The board does one thing at a time, a load or a generation, and knows no other c
 `Scheduler`: the product's own (`Product`), or one of the peers in `benchmarks/peers.py`.
 """
 
+import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -65,7 +66,7 @@ class Board:
 class Scheduler(Protocol):
     """Who decides. It is told of arrivals and of ends, in the order of time."""
 
-    def arrived(self, job: Job, board: Board) -> None:
+    def arrived(self, job: Job) -> None:
         """``job`` waits from now on."""
 
     def step(self, board: Board) -> Step | None:
@@ -124,7 +125,7 @@ def simulate(trace: Trace, deciding: Scheduler, budget_bytes: int) -> Outcome:
     loads, loading_s = 0, 0.0
     while len(served) < len(trace):
         while coming and coming[0].at_s <= board.now_s:
-            deciding.arrived(coming.popleft(), board)
+            deciding.arrived(coming.popleft())
         step = deciding.step(board)
         if step is None:
             board.now_s = coming[0].at_s
@@ -177,11 +178,11 @@ class Product:
         self._decision: scheduler.Decision | None = None
         self._ended_s = 0.0
 
-    def arrived(self, job: Job, board: Board) -> None:
+    def arrived(self, job: Job) -> None:
         """Estimate its work, and put it into its class."""
         name = job.model.name
         estimate_s = job.model.run_s(job.prompt_tokens, self._output[name])
-        key = (name, job.priority, scheduler.size_class(estimate_s))
+        key = (name, job.priority, math.frexp(estimate_s)[1])
         self._waiting.setdefault(key, deque()).append((job, estimate_s))
         for model, rate in self._rate.items():
             self._rate[model] = scheduler.decayed_rate(rate, job.at_s - self._rated_s, arrivals=int(model == name))

@@ -96,7 +96,7 @@ def bursty(load: float, seed: int, *, hours: float = 2.0) -> Trace:
 
 
 def storm(load: float, seed: int, *, hours: float = 2.0) -> Trace:
-    """T3: 40 devices, each with one model; all speak within 10 s of an event each 15 minutes, and now and then alone."""
+    """T3: 40 devices, each with one model; all speak within 10 s of an event each 15 minutes, else alone."""
     rng = random.Random(f"T3 {seed}")
     devices = list(_models(rng, 40))
     horizon_s = 3600 * hours

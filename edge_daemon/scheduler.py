@@ -11,7 +11,7 @@ meanwhile. Else run the task, and ``advance`` with the run.
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from edge_daemon.messages import Priority
 
@@ -24,8 +24,10 @@ SETTLE_SHARE = 0.04
 TICK_S = 0.001
 """A shorter wait is none."""
 HEAD_OF_LINE_EVERY = 3
-"""Each so many picks of a turn go to the task that is overdue most, so that short ones cannot starve a long one."""
-SEARCH_MODELS = 5
+"""Each so many picks go to the task that is overdue most, so that short ones cannot starve a long one."""
+AGEING = 4.0
+"""An overdue task goes before a fresh one of this many times less work, and once more."""
+SEARCH_MODELS = 4
 """Orders of so many models are compared exactly; a search over more would cost more than it finds."""
 
 
@@ -41,8 +43,12 @@ class Policy:
     """The share of time that may go into loads for urgent tasks."""
     urgent_burst_s: float = 60.0
     """How much of that share can be saved up."""
-    quantum_loads: float = 8.0
+    quantum_loads: float = 16.0
     """A loaded model works this many times its load time before an overdue task may force another load."""
+    patience: float = 4.0
+    """That task must also be overdue so many times more than those of the resident models ..."""
+    quanta: float = 8.0
+    """... or wait for so many quanta. Both keep a backlog that is overdue as a whole from being served in its order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,20 +145,32 @@ def choose(view: View) -> Decision | None:
     """The next task, or None when none waits (or none can be given room). The first rule that applies decides.
 
     1. Urgent: a resident model's urgent task; another's while the urgent credit pays for the load.
-    2. Loaded: what has been loaded is used before anything else is loaded.
-    3. Turn: each third pick goes to the resident models' task that is overdue most.
-    4. Overdue: a model out of memory with an overdue task is loaded, the one without service for longest first, but
-       not before the last load has paid for itself, unless no resident model has work. No other loads meanwhile.
-    5. Plan: the order of models that costs least waiting, as far as is known now.
+    2. Turn: each third pick goes to the resident models' task that is overdue most, the first one of a turn to the
+       model that was loaded.
+    3. Overdue: a model out of memory with an overdue task is loaded, the one without service for longest first, once
+       the last load has paid for itself (``_turn_is_over``) or no resident model has work.
+    4. Stay: resident models are served until they have no work.
+    5. Plan: the model to load that costs least waiting, as far as is known now.
+
+    No task of a model waits longer for its first service, urgent work aside, than ``starvation_bound_s``.
     """
     desk = _Desk(view)
-    if not desk.queues:
-        return None
-    for rule in (_urgent, _loaded, _overdue_resident, _overdue, _planned):
+    for rule in (_urgent, _turn, _overdue, _stay, _plan):
         decision = rule(desk)
         if decision is not None:
             return decision
     return None
+
+
+def starvation_bound_s(view: View, model: str, longest_run_s: float) -> float:
+    """Within how many seconds an overdue task of ``model`` runs, if it is its model's most overdue one.
+
+    The turn that is on may use up its quanta; then every other model, and no model twice, may be loaded first.
+    Time spent on urgent tasks comes on top.
+    """
+    allowed = view.policy.quantum_loads * view.policy.quanta
+    turns_s = sum(cost.load_s * (1 + allowed) + longest_run_s for cost in view.costs.values())
+    return turns_s + view.costs[model].load_s
 
 
 def advance(
@@ -197,34 +215,28 @@ def prefetch(view: View, running: str) -> Prefetch | None:
     """The model to load while ``running`` generates: the next of the plan that needs only the room of idle models."""
     desk = _Desk(view)
     keep = desk.pinned | {running, *desk.queues}
-    for model, _ in desk.plan(desk.queues):
-        if model not in desk.resident:
-            for evict in desk.evictions(model, desk.resident, keep, frozenset()):
-                return Prefetch(model=model, evict=tuple(sorted(evict)))
+    for model, _ in desk.plan(desk.outside):
+        for evict in desk.evictions(model, desk.resident, keep, frozenset()):
+            return Prefetch(model=model, evict=tuple(sorted(evict)))
     return None
 
 
 def estimate_wait(view: View, head: Head) -> float | None:
     """Seconds until ``head`` has its answer if nothing else arrives; None when its model can be given no room.
 
-    ``head`` may be a task that is not in the view yet. Its ``count`` is its place in its class.
+    ``head`` need not be in the view. Its ``count`` is its place in its class, itself included.
     """
-    desk = _Desk(view, also=head)
-    resident = desk.resident
+    others = tuple(h for h in view.heads if (h.model, h.priority, h.seq) != (head.model, head.priority, head.seq))
+    desk = _Desk(replace(view, heads=(*others, head)))
     wait_s = 0.0
-    for model, evict in desk.plan(desk.queues):
-        wait_s += 0.0 if model in resident else view.costs[model].load_s
-        resident = resident - evict | {model}
+    for model, _ in (*desk.plan(desk.ready), *desk.plan(desk.outside)):
+        if model in desk.outside:
+            wait_s += view.costs[model].load_s
         if model == head.model:
             key = desk.pick_key(head)
-            return wait_s + sum(h.run_s * h.count for h in desk.queues[model] if h is head or desk.pick_key(h) < key)
+            return wait_s + sum(h.run_s * h.count for h in desk.queues[model] if desk.pick_key(h) <= key)
         wait_s += desk.work_s[model]
     return None
-
-
-def size_class(run_s: float) -> int:
-    """The class of work of a task: two of one class differ by less than a factor of two."""
-    return math.floor(math.log2(max(run_s, 0.1)))
 
 
 def decayed_rate(rate_per_s: float, elapsed_s: float, *, arrivals: int) -> float:
@@ -233,70 +245,72 @@ def decayed_rate(rate_per_s: float, elapsed_s: float, *, arrivals: int) -> float
 
 
 def _urgent(desk: "_Desk") -> Decision | None:
-    urgent = [h for heads in desk.queues.values() for h in heads if h.priority is Priority.URGENT]
     turn = desk.view.turn
     credit_s = desk.view.policy.urgent_burst_s if turn is None else turn.urgent_credit_s
+    urgent = [h for heads in desk.queues.values() for h in heads if h.priority is Priority.URGENT]
     for head in sorted(urgent, key=lambda h: (h.model not in desk.resident, h.seq)):
         if head.model in desk.resident or desk.view.costs[head.model].load_s <= credit_s:
             return desk.decide(head.model, "urgent", head)
     return None
 
 
-def _loaded(desk: "_Desk") -> Decision | None:
-    turn = desk.view.turn
-    if turn is None or turn.picks > 0 or turn.model not in desk.resident or turn.model not in desk.queues:
-        return None
-    head = desk.most_overdue([turn.model])
-    model = head.model if head else desk.plan(desk.ready)[0][0]
-    return desk.decide(model, "loaded", head)
-
-
-def _overdue_resident(desk: "_Desk") -> Decision | None:
+def _turn(desk: "_Desk") -> Decision | None:
     turn = desk.view.turn
     if turn is None or turn.picks % HEAD_OF_LINE_EVERY:
         return None
-    head = desk.most_overdue(desk.resident)
-    return head and desk.decide(head.model, "turn", head)
+    head = desk.most_overdue(desk.ready if turn.picks else [m for m in desk.ready if m == turn.model])
+    return desk.decide(head.model, "turn", head) if head else None
 
 
 def _overdue(desk: "_Desk") -> Decision | None:
-    outside = [m for m in desk.queues if m not in desk.resident and desk.most_overdue([m], reachable=True)]
-    if not outside:
+    late = [m for m in desk.outside if desk.most_overdue([m], within_reach=True)]
+    if not late or (desk.ready and not _turn_is_over(desk, late)):
         return None
-    turn = desk.view.turn
-    if desk.ready and turn and turn.used_s < desk.view.policy.quantum_loads * turn.load_s:
-        return desk.decide(desk.plan(desk.ready)[0][0], "quantum")
-    recent = {model: i for i, model in enumerate(turn.recent if turn else ())}
-    return desk.decide(min(outside, key=lambda m: (recent.get(m, -1), m)), "overdue")
+    recent = desk.view.turn.recent if desk.view.turn else ()
+    longest_ago = min(late, key=lambda m: (recent.index(m) if m in recent else -1, m))
+    return desk.decide(longest_ago, "overdue", desk.most_overdue([longest_ago]))
 
 
-def _planned(desk: "_Desk") -> Decision:
-    model, evict = desk.plan(desk.queues)[0]
-    settle_s = 0.0
-    if model not in desk.resident:
-        oldest_s = max(h.waited_s for heads in desk.queues.values() for h in heads)
-        settle_s = SETTLE_SHARE * desk.view.costs[model].load_s - oldest_s
+def _turn_is_over(desk: "_Desk", late: list[str]) -> bool:
+    turn, policy = desk.view.turn, desk.view.policy
+    if turn is None:
+        return True
+    quantum_s = policy.quantum_loads * turn.load_s
+    if turn.used_s < quantum_s:
+        return False
+    return desk.age_of(late) >= policy.patience * desk.age_of(desk.ready) or turn.used_s >= policy.quanta * quantum_s
+
+
+def _stay(desk: "_Desk") -> Decision | None:
+    return desk.decide(desk.plan(desk.ready)[0][0], "stay") if desk.ready else None
+
+
+def _plan(desk: "_Desk") -> Decision | None:
+    if not desk.outside:
+        return None
+    model, evict = desk.plan(desk.outside)[0]
+    oldest_s = max(h.waited_s for heads in desk.queues.values() for h in heads)
+    settle_s = SETTLE_SHARE * desk.view.costs[model].load_s - oldest_s
     return desk.decide(model, "plan", evict=evict, not_before_s=settle_s if settle_s > TICK_S else 0.0)
 
 
 class _Desk:
     """A view, laid out for one decision."""
 
-    def __init__(self, view: View, also: Head | None = None) -> None:
+    def __init__(self, view: View) -> None:
         self.view = view
         self.resident = frozenset(r.model for r in view.resident)
         self.pinned = frozenset(r.model for r in view.resident if r.pinned)
-        self.sizes = {r.model: r.size_bytes for r in view.resident}
+        self.sizes = {m: cost.size_bytes for m, cost in view.costs.items()} | {
+            r.model: r.size_bytes for r in view.resident
+        }
         self.queues: dict[str, list[Head]] = {}
-        for head in (*view.heads, also) if also else view.heads:
+        for head in view.heads:
             self.queues.setdefault(head.model, []).append(head)
-        for model in list(self.queues):
-            self.sizes.setdefault(model, view.costs[model].size_bytes)
-            if not self._fits({model, *self.pinned}):
-                del self.queues[model]
         self.ready = [m for m in self.queues if m in self.resident]
+        self.outside = [m for m in self.queues if m not in self.resident and self._fits(self.pinned | {m})]
         self.work_s = {m: sum(h.run_s * h.count for h in heads) for m, heads in self.queues.items()}
-        self.weight = {m: sum(WEIGHT[h.priority] * h.count for h in heads) for m, heads in self.queues.items()}
+        self.weight = {m: sum(self._weight(h) for h in heads) for m, heads in self.queues.items()}
         total = sum(cost.rate_per_s for cost in view.costs.values()) or 1.0
         # The load that the next arrival will cost, in the mean, if the model is not resident by then.
         self.reload_s = {m: cost.load_s * cost.rate_per_s / total for m, cost in view.costs.items()}
@@ -311,10 +325,11 @@ class _Desk:
         not_before_s: float = 0.0,
     ) -> Decision:
         """The decision for a task of ``model``, by default the best of its heads and the cheapest eviction."""
+        waiting = frozenset(self.queues)
         if evict is None:
-            evict = self._search(frozenset([model]), self.resident, {})[2]
+            evict = self.evictions(model, self.resident, self.pinned, waiting)[0]
         head = head or min(self.queues[model], key=self.pick_key)
-        victims = tuple(sorted(evict, key=lambda m: (self.worth(m, frozenset(self.queues)), m)))
+        victims = tuple(sorted(evict, key=lambda m: (self.worth(m, waiting), m)))
         return Decision(seq=head.seq, model=model, evict=victims, reason=reason, not_before_s=not_before_s)
 
     def age(self, head: Head) -> float:
@@ -324,22 +339,30 @@ class _Desk:
         limit_s = self.view.policy.soft_wait_s[head.priority]
         if head.expires_in_s is not None:
             limit_s = min(limit_s, (head.waited_s + head.expires_in_s) / 2)
-        return head.waited_s / max(limit_s, 1e-3)
+        return head.waited_s / max(limit_s, TICK_S)
 
-    def pick_key(self, head: Head) -> tuple[float, int]:
-        """Aged weighted shortest first."""
-        return (head.run_s / (WEIGHT[head.priority] * (1 + self.age(head))), head.seq)
+    def age_of(self, models: Iterable[str]) -> float:
+        """The greatest age in these models."""
+        return max(self.age(head) for model in models for head in self.queues[model])
 
-    def most_overdue(self, models: Iterable[str], *, reachable: bool = False) -> Head | None:
-        """The head of these models that is overdue most; ``reachable``: and does not expire during a load."""
+    def most_overdue(self, models: Iterable[str], *, within_reach: bool = False) -> Head | None:
+        """The head of these models that is overdue most; ``within_reach``: and does not expire during a load."""
         overdue = [
             head
             for model in models
-            for head in self.queues.get(model, ())
+            for head in self.queues[model]
             if self.age(head) >= 1
-            and not (reachable and head.expires_in_s is not None and head.expires_in_s < self.view.costs[model].load_s)
+            and not (within_reach and (head.expires_in_s or math.inf) < self.view.costs[model].load_s)
         ]
         return max(overdue, key=lambda h: (self.age(h), -h.seq), default=None)
+
+    def pick_key(self, head: Head) -> tuple[float, int]:
+        """Aged weighted shortest first."""
+        return (head.run_s / (WEIGHT[head.priority] * (1 + AGEING * min(1.0, self.age(head)))), head.seq)
+
+    def _weight(self, head: Head) -> float:
+        """What a second costs the tasks of a class. From a third of its limit on, the oldest counts more and more."""
+        return WEIGHT[head.priority] * (head.count + (3 * min(1.0, self.age(head))) ** 4)
 
     def plan(self, models: Iterable[str]) -> list[tuple[str, frozenset[str]]]:
         """Models with their evictions, in the order of service that costs least weighted waiting."""
@@ -405,7 +428,9 @@ class _Desk:
 
     def worth(self, model: str, waiting: frozenset[str]) -> float:
         """What is lost per byte when ``model`` is unloaded: tasks that wait or will come, times its load."""
-        cost = self.view.costs[model]
+        cost = self.view.costs.get(model)
+        if cost is None:  # another client's: nobody here asks for it
+            return 0.0
         tasks = self.weight[model] if model in waiting else 0.0
         return (tasks + cost.rate_per_s * cost.load_s) * cost.load_s / self.sizes[model]
 
