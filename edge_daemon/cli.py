@@ -80,9 +80,9 @@ def _run(options: argparse.Namespace) -> int:
     from edge_daemon import systemd
     from edge_daemon.config import load
 
-    path, overrides = _config_path(options), _overrides(options)
-    if options.data_dir:
-        overrides["data_dir"] = options.data_dir.absolute()
+    if options.exit_with_parent:
+        _tie_to_parent()
+    path, overrides = _config_path(options), _overrides(options) | _places(options)
     config = load(path, overrides)
     systemd.setup_logging(config.log.level)
     if not options.embedded:
@@ -94,6 +94,24 @@ def _run(options: argparse.Namespace) -> int:
         config = load(path, overrides | pointers)
         _tell_how_to_ask(config)
         return _serve(config)
+
+
+def _places(options: argparse.Namespace) -> dict[str, object]:
+    """Where the command line says that data goes, by the keys of the configuration."""
+    places: dict[str, object] = {}
+    if options.data_dir:
+        places["data_dir"] = options.data_dir.absolute()
+    if options.csv:
+        places["csv.path"] = options.csv.absolute()
+    if options.node:
+        places["mqtt.client_id"] = None  # the configured one is for the session of the configured node
+    return places
+
+
+def _tie_to_parent() -> None:
+    from edge_daemon.embedded.process import die_with_parent
+
+    die_with_parent(signal.SIGTERM)
 
 
 def _serve(config: "Config") -> int:
@@ -192,11 +210,8 @@ def _check_config(options: argparse.Namespace) -> int:
 
 def _demo(options: argparse.Namespace) -> int:
     from edge_daemon import demo
-    from edge_daemon.config import load
 
-    if options.real:
-        return demo.run_real(load(_config_path(options)))
-    return demo.run_embedded()
+    return demo.run_real(_config_path(options)) if options.real else demo.run_embedded()
 
 
 # -- status ----------------------------------------------------------------------------------------------------------
@@ -305,6 +320,7 @@ def _add_run(commands: Any) -> None:
     parser = _command(commands, "run", _run, "serve tasks until told to stop")
     _add_place(parser)
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="where the queue and the CSV log are")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="where the CSV log is")
     parser.add_argument(
         "--embedded",
         action="store_true",
@@ -317,6 +333,7 @@ def _add_run(commands: Any) -> None:
         metavar="NAME=MODEL",
         help="with --embedded: a further name for an embedded model, loaded for itself; may be repeated",
     )
+    parser.add_argument("--exit-with-parent", action="store_true", help=argparse.SUPPRESS)  # the demo's
 
 
 def _add_demo(commands: Any) -> None:
