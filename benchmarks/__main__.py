@@ -1,0 +1,55 @@
+"""All measurements: ``python -m benchmarks [--full] [NAME ...]``."""
+
+import argparse
+import os
+import platform
+import sqlite3
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from benchmarks import accept, footprint, latency, through_mqtt
+from benchmarks.table import Line, summary
+
+# Each is given a place on the disk and the number of repetitions.
+BENCHES: Mapping[str, Callable[[Path, int], list[Line]]] = {
+    "footprint": footprint.run,
+    "latency": latency.run,
+    "accept": accept.run,
+    "mqtt": through_mqtt.run,
+}
+SHORT, FULL = 5, 15
+
+
+def main() -> None:
+    """Run what was asked for and print it line by line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--full", action="store_true", help=f"{FULL} repetitions instead of {SHORT}")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHES)}; all when none is given")
+    options = parser.parse_args()
+    began_at = time.monotonic()
+    print(_conditions(), flush=True)
+    lines: list[Line] = []
+    # Here and not in /tmp, which may be memory: what is measured is a disk.
+    with tempfile.TemporaryDirectory(prefix=".bench-", dir=Path.cwd()) as directory:
+        for name in options.names or BENCHES:
+            place = Path(directory, name)
+            place.mkdir()
+            for line in BENCHES[name](place, FULL if options.full else SHORT):
+                lines.append(line)
+                print(f"\n{line}", flush=True)
+    print(f"\n{summary(lines)}; {time.monotonic() - began_at:.0f} s, {_load()}")
+
+
+def _conditions() -> str:
+    versions = f"Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}"
+    return f"{platform.machine()}, {os.cpu_count()} cores, {versions}, {_load()}"
+
+
+def _load() -> str:
+    return f"load average {os.getloadavg()[0]:.1f}"
+
+
+if __name__ == "__main__":
+    main()
