@@ -63,7 +63,8 @@ class Record:
 
     def to_dict(self) -> dict[str, Any]:
         """A dict that ``json.dumps`` takes as it is; bytes become base64 text."""
-        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        names = _hints(type(self))  # type: ignore[arg-type]  # the same as below
+        return {name: _plain(getattr(self, name)) for name in names}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
@@ -98,6 +99,8 @@ def _hints(cls: Hashable) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
+    if value is None or type(value) in _AS_IT_IS:
+        return value
     if isinstance(value, Record):
         return value.to_dict()
     if isinstance(value, bytes):
@@ -107,14 +110,20 @@ def _plain(value: Any) -> Any:
     return value
 
 
+@cache
+def _parts(hint: Hashable) -> tuple[bool, Any, Any]:
+    """Whether None is allowed, the type of anything else, and that type without its parameters."""
+    optional = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    if optional:
+        hint = next(member for member in typing.get_args(hint) if member is not type(None))
+    return optional, hint, typing.get_origin(hint) or hint
+
+
 def _typed(value: Any, hint: Any) -> Any:
     """``value``, as it came from JSON, in the type of its field."""
-    if hint is Any:
+    optional, hint, origin = _parts(hint)
+    if hint is Any or (optional and value is None):
         return value
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        members = [m for m in typing.get_args(hint) if m is not type(None)]
-        return None if value is None else _typed(value, members[0])
-    origin = typing.get_origin(hint) or hint
     allowed: Any = _JSON_TYPES.get(origin, object)
     if not isinstance(value, allowed) or (isinstance(value, bool) and origin is not bool):
         raise ValueError(f"{value!r} is not {origin.__name__}")
@@ -129,6 +138,7 @@ def _typed(value: Any, hint: Any) -> Any:
     return origin(value) if issubclass(origin, StrEnum) else value
 
 
+_AS_IT_IS = frozenset({str, int, float, bool, dict})
 # What JSON has for a type of ours.
 _JSON_TYPES: dict[type, type | tuple[type, ...]] = {
     **{kind: kind for kind in (str, int, bool, dict)},
