@@ -70,14 +70,14 @@ class Rules:
 
     ``check_model`` returns the canonical name of a model and its settings, and raises Rejected for one that cannot
     serve here; ``check_reply_to(src, topic)`` raises it for a reply topic that ``src`` may not use; ``eta_s`` tells
-    the seconds until a task would be answered, if that is known.
+    the seconds until each of the newest tasks will be answered, if that is known.
     """
 
     config: Config
     clock: Clock
     check_model: Callable[[str], tuple[str, ModelSettings]]
     check_reply_to: Callable[[str, str], None]
-    eta_s: Callable[[Task], float | None] = lambda _task: None
+    eta_s: Callable[[Sequence[Task]], list[float | None]] = lambda tasks: [None] * len(tasks)
 
 
 class Intake:
@@ -103,8 +103,10 @@ class Intake:
         good = [draft for draft in drafts if draft.refusal is None]
         if good:
             added = self._add_many([draft.submission for draft in good])
+            new = [one.stored.task for one in added if one.stored and one.outcome == "new"]
+            etas = iter(self._rules.eta_s(new))
             for draft, outcome in zip(good, added, strict=True):
-                draft.settle(outcome)
+                draft.settle(outcome, next(etas) if outcome.outcome == "new" else None)
         return [draft.answer() for draft in drafts]
 
     def refuse(self, incoming: Incoming, code: str, message: str, *, retryable: bool = False) -> Refused:
@@ -249,6 +251,7 @@ class _Draft:
         self._reply_to: str | None = None
         self._warnings: tuple[str, ...] = ()
         self._added: Added | None = None
+        self._eta_s: float | None = None
 
     # -- reading
 
@@ -446,9 +449,10 @@ class _Draft:
 
     # -- answering
 
-    def settle(self, added: Added) -> None:
-        """Take note of what the store did with it."""
+    def settle(self, added: Added, eta_s: float | None) -> None:
+        """Take note of what the store did with it, and of when it will be answered."""
         self._added = added
+        self._eta_s = eta_s
         if added.outcome in _OUTCOMES:
             code, message = _OUTCOMES[added.outcome]
             self.refusal = Rejected(code, message, retryable=code != "duplicate_conflict")
@@ -465,7 +469,7 @@ class _Draft:
             seq=status_seq(stored.runs, stored.state),
             ts=self._now(),
             position=self._added.position,
-            eta_s=None if known else self._rules.eta_s(stored.task),
+            eta_s=self._eta_s,
             attempt=stored.attempt,
             warnings=self._warnings,
             duplicate=known,

@@ -205,8 +205,8 @@ class Daemon:
             data = {"model": model, "status": status, "percent": percent, "total_bytes": total}
             self.bridge.publish_event(Event(type="model_pulling", ts=iso(self.clock.wall()), data=data))
 
-    def _eta_s(self, task: Task) -> float | None:
-        return self.worker.eta_s(task)
+    def _eta_s(self, tasks: Sequence[Task]) -> list[float | None]:
+        return self.worker.eta_s(tasks)
 
     def _on_status(self, address: Address, status: Status) -> None:
         self.bridge.publish_status(address, status)

@@ -178,21 +178,23 @@ class Worker(threading.Thread):
         running = self._running
         return (running.stored.task, self._clock.monotonic() - running.began_at) if running else None
 
-    def eta_s(self, task: Task) -> float | None:
-        """Seconds until ``task``, which is the newest, will have its answer if nothing else arrives."""
+    def eta_s(self, tasks: Sequence[Task]) -> list[float | None]:
+        """Seconds until each of ``tasks``, which are the newest, will have its answer if nothing else arrives."""
+        running = self._running
+        left_s = 0.0
+        if running is not None:
+            spent_s = self._clock.monotonic() - running.began_at
+            left_s = max(0.0, self._pool.cost(running.decision.model).run_s - spent_s)
+        view = self._view(self._store.heads(), also={task.model for task in tasks})
+        newest = [self._newest(task) for task in tasks]
+        waits_s = {head: estimate_wait(view, head) for head in set(newest)}  # tasks that are alike wait alike
+        return [None if (wait_s := waits_s[head]) is None else round(wait_s + left_s, 1) for head in newest]
+
+    def _newest(self, task: Task) -> Head:
         run_s = self._estimates.run_s(
             task.model, task_type=task.task_type, prompt_tokens=task.prompt_tokens, max_tokens=task.max_tokens
         )
-        head = Head(seq=1 << 62, model=task.model, priority=task.priority, waited_s=0.0, run_s=run_s, count=1)
-        view = self._view(self._store.heads(), also=task.model)
-        wait_s = estimate_wait(view, head)
-        running = self._running
-        if wait_s is None:
-            return None
-        if running is not None:
-            spent_s = self._clock.monotonic() - running.began_at
-            wait_s += max(0.0, view.costs[running.decision.model].run_s - spent_s)
-        return round(wait_s, 1)
+        return Head(seq=1 << 62, model=task.model, priority=task.priority, waited_s=0.0, run_s=run_s, count=1)
 
     def cancel(self, src: str | None, task_id: str) -> None:
         """End a task, whether it waits or runs; one that has ended or is not known is left alone."""
@@ -320,12 +322,12 @@ class Worker(threading.Thread):
 
     # -- choosing
 
-    def _view(self, waiting: Iterable[Waiting], *, also: str | None = None) -> View:
-        """The world as the scheduler sees it. ``also``: a model whose cost is wanted though no task waits for it."""
+    def _view(self, waiting: Iterable[Waiting], *, also: Iterable[str] = ()) -> View:
+        """The world as the scheduler sees it. ``also``: models whose cost is wanted though no task waits for them."""
         now = self._clock.monotonic()
         resident = self._pool.resident()
         served = [(head, model) for head in waiting if (model := self._served_by(head.model, now))]
-        models = {model for _, model in served} | {r.model for r in resident} | ({also} if also else set())
+        models = {model for _, model in served} | {r.model for r in resident} | set(also)
         return View(
             heads=tuple(self._head(head, model, now) for head, model in served),
             resident=resident,
