@@ -448,7 +448,7 @@ class _Connection:
         self._shared.mail.put(_Confirmed(self, mid, str(reason) if reason.is_failure else None))
 
 
-def _send_at_once(_client: Client, _userdata: Any, opened: socket.socket) -> None:
+def _send_at_once(_client: Client, _userdata: Any, opened: Any) -> None:
     """Else a status would wait up to 40 ms for the broker's word that the PUBACK before it has come."""
     opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
