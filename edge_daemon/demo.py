@@ -15,9 +15,9 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, TextIO
+from typing import Any, Self
 
 from edge_daemon.config import Config, load, mqtt_password
 from edge_daemon.errors import EdgeError
@@ -31,8 +31,10 @@ STOP_S = 30.0
 SILENCE_S = 300.0
 """Without a new answer for so long the demo gives up."""
 LOOK_S = 0.25
+LINE_S = 1.0
+"""Between two lines of progress where they cannot be overwritten."""
 
-OPTIONS = {"temperature": 0, "num_predict": 48}
+OPTIONS = {"temperature": 0, "num_predict": 32}
 """The likeliest words, and not too many: the same answers on every board."""
 
 SMOL, GEMMA, SCRIBE = 0, 1, 2
@@ -77,7 +79,13 @@ ASKS = (
         prompt="Turn this into JSON: the greenhouse is 31 degrees and the pump is off",
         schema=_object(temperature={"type": "integer"}, pump={"type": "string", "enum": ["on", "off"]}),
     ),
-    Ask(id="growth", device="greenhouse", model=SMOL, prompt="What do plants need to grow?", priority=Priority.LOW),
+    Ask(
+        id="tomatoes",
+        device="greenhouse",
+        model=SMOL,
+        prompt="What do tomatoes need? Answer in one short sentence.",
+        priority=Priority.LOW,
+    ),
     Ask(
         id="rain",
         device="door7",
@@ -92,6 +100,13 @@ ASKS = (
         prompt="Turn this into JSON: door 7 is open and the light is on",
         schema=_object(door={"type": "integer"}, state={"type": "string", "enum": ["open", "closed"]}),
         priority=Priority.HIGH,
+    ),
+    Ask(
+        id="night",
+        device="door7",
+        model=SMOL,
+        prompt="Summarize in five words: The door of the garage was left open all night and it rained in.",
+        priority=Priority.LOW,
     ),
     Ask(
         id="fridge",
@@ -190,7 +205,7 @@ def _run(config: Config, models: Sequence[str], arguments: Sequence[str]) -> int
 def _converse(config: Config, models: Sequence[str], node: "_Node") -> "_Heard":
     """Send all tasks and listen until all are answered."""
     _await_broker(config, node)
-    heard, line = _Heard(config.topic_root), _ProgressLine(sys.stdout)
+    heard, line = _Heard(config.topic_root), _ProgressLine()
     with _device(config) as device, line:
         device.subscribe(f"{config.topic_root}/#")
         while not heard.ready:
@@ -363,29 +378,31 @@ def _read(message: Received | None) -> Any:
 # -- what the user sees ----------------------------------------------------------------------------------------------
 
 
-@dataclass(slots=True)
 class _ProgressLine:
-    """A line that is overwritten on a terminal, and a line for every change elsewhere."""
+    """A line that is overwritten on a terminal; elsewhere a line now and then."""
 
-    out: TextIO
-    _shown: str = field(default="", init=False)
+    def __init__(self) -> None:
+        self._is_terminal = sys.stdout.isatty()
+        self._shown = ""
+        self._shown_at = float("-inf")
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.out.isatty() and self._shown:
-            print(file=self.out)
+        if self._is_terminal:
+            print()
 
     def show(self, text: str) -> None:
-        """Show the text unless it stands there already."""
-        if text == self._shown:
+        """Show the text, if it is new and it is time."""
+        now = time.monotonic()
+        if text == self._shown or (not self._is_terminal and now - self._shown_at < LINE_S):
             return
-        self._shown = text
-        if self.out.isatty():
-            print(f"\r{_cut(text, _columns() - 1)}\x1b[K", end="", file=self.out, flush=True)
+        self._shown, self._shown_at = text, now
+        if self._is_terminal:
+            print(f"\r{_cut(text, _columns() - 1)}\x1b[K", end="", flush=True)
         else:
-            print(text, file=self.out, flush=True)
+            print(text, flush=True)
 
 
 HEADINGS = ("id", "device", "model", "state", "queue s", "load s", "run s", "tokens/s", "answer")
@@ -409,7 +426,7 @@ def _report(heard: _Heard) -> bool:
         print(problem)
     done = sum(result["state"] == "succeeded" for result in heard.results.values())
     print(f"{done} of {len(ASKS)} tasks succeeded.")
-    print(f"Models were loaded {heard.loads} times; {heard.swaps} times another one had to make room (a swap).")
+    print(f"Model loads: {heard.loads}. Swaps among them, where another model had to make room: {heard.swaps}.")
     return not problems
 
 
