@@ -9,6 +9,7 @@ import math
 import re
 import secrets
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,8 +111,11 @@ class Intake:
         return [draft.answer() for draft in drafts]
 
     def refuse(self, incoming: Incoming, code: str, message: str, *, retryable: bool = False) -> Refused:
-        """A refusal for a reason that only the transport knows."""
+        """A refusal for a reason that only the transport knows, sent where its sender looks for it."""
         draft = _Draft(incoming, self._rules)
+        with suppress(Rejected):
+            draft.read_address()
+            draft.read_payload()
         draft.refusal = Rejected(code, message, retryable=retryable)
         return draft.refused()
 
@@ -120,13 +124,19 @@ class Intake:
         try:
             # Where to answer comes first, so that a refusal reaches its sender.
             draft.read_address()
-            self._rates.check(incoming.src, self._rules.clock.monotonic())
-            if self._draining:
-                raise Rejected("draining", "the daemon is stopping; send it again later", retryable=True)
+            try:
+                draft.read_payload()
+            finally:  # whoever sends nonsense is limited too
+                self._admit(incoming.src)
             draft.read_task()
         except Rejected as error:
             draft.refusal = error
         return draft
+
+    def _admit(self, src: str) -> None:
+        self._rates.check(src, self._rules.clock.monotonic())
+        if self._draining:
+            raise Rejected("draining", "the daemon is stopping; send it again later", retryable=True)
 
 
 def read_json(text: str) -> Any:
@@ -228,13 +238,10 @@ class _Rates:
         if left < 1:
             limit = f"at most {self._per_minute:g} tasks a minute from one sender"
             raise Rejected("rate_limited", limit, retryable=True)
-        if len(self._buckets) >= MAX_SENDERS:
-            self._forget_full(now)
+        self._buckets.pop(src, None)
         self._buckets[src] = (left - 1, now)
-
-    def _forget_full(self, now: float) -> None:
-        """A bucket that nobody has touched for a minute is full again: no need to remember it."""
-        self._buckets = {src: bucket for src, bucket in self._buckets.items() if now - bucket[1] < 60}
+        if len(self._buckets) > MAX_SENDERS:
+            del self._buckets[next(iter(self._buckets))]  # nobody has been silent for longer
 
 
 class _Draft:
@@ -257,17 +264,25 @@ class _Draft:
 
     def read_address(self) -> None:
         """Who sent it and where the answer goes, as far as the payload need not be read for that."""
-        self._identify(self._incoming.id or self._incoming.fields.get("id"))
-        self._answer_to(self._incoming.reply_to)
+        self._address(self._incoming.id or self._incoming.fields.get("id"), self._incoming.reply_to)
+
+    def read_payload(self) -> None:
+        """The fields of the payload, and from them what ``read_address`` has not found."""
+        self._data = self._fields(self._text())
+        self._address(self._id or self._data.get("id"), self._reply_to or self._data.get("reply_to"))
 
     def read_task(self) -> None:
         """The whole task."""
-        self._data = self._fields(self._text())
-        self._identify(self._id or self._data.get("id"))
-        self._answer_to(self._reply_to or self._data.get("reply_to"))
+        self._data |= self._outside_fields()
         self.submission = Submission(
             task=self._task(), own_id=self._id is not None, redelivered=self._incoming.redelivered
         )
+
+    def _address(self, task_id: Any, reply_to: Any) -> None:
+        try:
+            self._identify(task_id)
+        finally:  # a refusal for the id alone still finds its way
+            self._answer_to(reply_to)
 
     def _identify(self, task_id: Any) -> None:
         if not NAME.fullmatch(self._incoming.src):
@@ -299,7 +314,7 @@ class _Draft:
         return text
 
     def _fields(self, text: str) -> dict[str, Any]:
-        """The task's fields: of a JSON object, or a prompt as it stands, with those given outside on top."""
+        """The payload's fields: of a JSON object, or a prompt as it stands."""
         kind = (self._incoming.content_type or "").partition(";")[0].strip().lower()
         data: dict[str, Any] | None = None
         if kind == "application/json" or (kind != "text/plain" and text.lstrip().startswith("{")):
@@ -310,7 +325,7 @@ class _Draft:
             self._plain = True
             data = {"prompt": text.removesuffix("\n")}
         self._warnings = tuple(f"unknown field {_shown(name)}" for name in sorted(data.keys() - FIELDS)[:8])
-        return {**data, **self._outside_fields()}
+        return data
 
     def _outside_fields(self) -> dict[str, Any]:
         fields: dict[str, Any] = {}
@@ -372,7 +387,7 @@ class _Draft:
         prompt = self._of("prompt", str)
         if prompt is None:
             return None
-        if "messages" in self._data:
+        if self._data.get("messages") is not None:
             raise _invalid("prompt", "give prompt or messages, not both")
         if not prompt.strip():
             # Ollama takes an empty prompt as a command to load or unload.
@@ -401,7 +416,9 @@ class _Draft:
         return str(name) if name is not None else None
 
     def _priority(self) -> Priority:
-        value = self._data.get("priority", Priority.NORMAL)
+        value = self._data.get("priority")
+        if value is None:
+            return Priority.NORMAL
         if not isinstance(value, str) or value not in set(Priority):
             raise _invalid("priority", f"{_shown(value)} is not one of {', '.join(Priority)}")
         return Priority(value)
@@ -440,7 +457,7 @@ class _Draft:
         for name, value in options.items():
             _check_option(name, value)
         # -1 and -2 mean "without end" to Ollama; here the model's own limit is the end.
-        num_predict = options.pop("num_predict", None)
+        num_predict = options.get("num_predict")
         if num_predict == 0:
             raise _invalid("options.num_predict", "0 would give no answer")
         if stop is not None:
@@ -536,7 +553,11 @@ def _stop(value: Any) -> list[str]:
     return texts
 
 
-def _as_text(_name: str, text: str) -> str:
+def _as_text(name: str, text: str) -> str:
+    try:
+        _check_text(text)
+    except Rejected as error:
+        raise _invalid(name, error.message) from None
     return text
 
 
@@ -544,13 +565,6 @@ def _as_flag(name: str, text: str) -> bool:
     if text not in ("true", "false"):
         raise _invalid(name, f"{_shown(text)} is not true or false")
     return text == "true"
-
-
-def _as_number(name: str, text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise _invalid(name, f"{_shown(text)} is not a number") from None
 
 
 def _as_json(name: str, text: str) -> Any:
@@ -567,8 +581,7 @@ def _as_format(name: str, text: str) -> Any:
 _OUTSIDE: dict[str, Callable[[str, str], Any]] = {
     **dict.fromkeys(("task_type", "model", "model_name", "priority", "system"), _as_text),
     **dict.fromkeys(("stream", "preemptible"), _as_flag),
-    **dict.fromkeys(("options", "meta"), _as_json),
-    "ttl_s": _as_number,
+    **dict.fromkeys(("options", "meta", "ttl_s"), _as_json),
     "format": _as_format,
 }
 _OUTCOMES = {
