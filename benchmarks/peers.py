@@ -5,7 +5,8 @@ Each is the order of work only, at its best: no peer pays for polling, for lost 
 
 from collections import deque
 
-from benchmarks.simulator import Board, Job, Step
+from benchmarks.simulator import Board, Step
+from benchmarks.traces import Job
 
 
 class Fifo:
@@ -96,13 +97,13 @@ class Ollama:
             evict = self._room(self._pending[0].model.name, board)
             if evict is not None:
                 self._expiring = None
-                return self._load_head(evict, board)
+                return self._load_head(evict)
         return Step(job=self._granted.popleft()) if self._granted else None
 
     def done(self, step: Step, *, load_s: float, run_s: float, board: Board) -> None:
         """Nothing to learn."""
 
-    def _load_head(self, evict: tuple[str, ...], board: Board) -> Step:
+    def _load_head(self, evict: tuple[str, ...]) -> Step:
         head = self._pending.popleft()
         # What follows in the line for the same model is granted with it, up to the next model.
         while self._pending and self._pending[0].model.name == head.model.name:

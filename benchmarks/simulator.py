@@ -163,20 +163,27 @@ def _make_resident(step: Step, board: Board) -> float:
 
 
 class Product:
-    """The product's own scheduler, fed with what the daemon would know: estimates that it has learnt so far."""
+    """The product's own scheduler, fed with what the daemon would know: estimates that it has learnt so far.
+
+    ``history``: tasks of days before, whose rates of arrival it still remembers.
+    """
 
     name = "edge-llm"
 
-    def __init__(self, typical_output: Mapping[str, float], policy: scheduler.Policy | None = None) -> None:
+    def __init__(
+        self, typical_output: Mapping[str, float], *, history: Trace = (), policy: scheduler.Policy | None = None
+    ) -> None:
         self._policy = policy or scheduler.Policy()
         self._waiting: dict[tuple[str, Priority, int], deque[tuple[Job, float]]] = {}
         self._output = dict(typical_output)
         self._run_s = {name: MODELS[name].run_s(0, tokens) for name, tokens in typical_output.items()}
         self._rate = dict.fromkeys(MODELS, 0.0)
-        self._rated_s = 0.0
+        self._rated_s = history[0].at_s - history[-1].at_s if history else 0.0
         self._turn: scheduler.Turn | None = None
         self._decision: scheduler.Decision | None = None
         self._ended_s = 0.0
+        for job in history:
+            self._count(job.model.name, job.at_s - history[-1].at_s)
 
     def arrived(self, job: Job) -> None:
         """Estimate its work, and put it into its class."""
@@ -184,9 +191,13 @@ class Product:
         estimate_s = job.model.run_s(job.prompt_tokens, self._output[name])
         key = (name, job.priority, math.frexp(estimate_s)[1])
         self._waiting.setdefault(key, deque()).append((job, estimate_s))
+        self._count(name, job.at_s)
+
+    def _count(self, arrived: str, at_s: float) -> None:
         for model, rate in self._rate.items():
-            self._rate[model] = scheduler.decayed_rate(rate, job.at_s - self._rated_s, arrivals=int(model == name))
-        self._rated_s = job.at_s
+            elapsed_s = at_s - self._rated_s
+            self._rate[model] = scheduler.decayed_rate(rate, max(0.0, elapsed_s), arrivals=int(model == arrived))
+        self._rated_s = at_s
 
     def step(self, board: Board) -> Step | None:
         """Ask the product."""

@@ -171,7 +171,7 @@ def _job(model: Model, prompt_tokens: float, output_tokens: float) -> Job:
 def _count(load: float, hours: float) -> int:
     """How many tasks of mean length make ``load`` over the time given."""
     mean_s = sum(w * m.run_s(123, 23) for w, m in zip(_ZIPF, FLEET, strict=True)) / sum(_ZIPF)
-    return round(load * hours * 3600 / mean_s)
+    return int(load * hours * 3600 / mean_s + 0.5)
 
 
 def _mean_work(jobs: list[Job]) -> float:
