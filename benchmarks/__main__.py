@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from benchmarks import accept, footprint, latency, through_mqtt
+from benchmarks import accept, dispatch, footprint, latency, through_mqtt
 from benchmarks.table import Line, summary
 
 # Each is given a place on the disk and the number of repetitions.
@@ -18,6 +18,7 @@ BENCHES: Mapping[str, Callable[[Path, int], list[Line]]] = {
     "latency": latency.run,
     "accept": accept.run,
     "mqtt": through_mqtt.run,
+    "dispatch": dispatch.run,
 }
 SHORT, FULL = 5, 15
 

@@ -1,8 +1,9 @@
 """How fast tasks are made durable, one by one and in groups, over the disk itself and over huey."""
 
 import os
+import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,33 +20,33 @@ BLOCK = bytes(4096)
 GROUP = 64
 
 
-def run(directory: Path, repetitions: int, *, commits: int = 300) -> list[Line]:
-    """``commits`` of each kind per repetition, in turns."""
-    names = iter(range(1_000_000))
-    raw, one_by_one, grouped, huey = [], [], [], []
-    with open_store(directory / "queue.db") as store, open_huey(directory / "huey.db") as enqueue:
-        for _ in range(repetitions):
-            singles, groups = ([submission(f"t{next(names)}") for _ in range(commits)] for _ in range(2))
-            raw.append(rate(commits, lambda: _append_and_sync(directory / "raw", commits)))
-            one_by_one.append(rate(commits, lambda: _add(store, singles, 1)))  # noqa: B023
-            grouped.append(rate(commits, lambda: _add(store, groups, GROUP)))  # noqa: B023
-            huey.append(rate(commits, lambda: [enqueue(PROMPT) for _ in range(commits)]))
+def run(directory: Path, repetitions: int, *, slices: int = 5) -> list[Line]:
+    """Per repetition ``slices`` times a group of each kind: all meet the same weather on the disk."""
+    with open_store(directory / "queue.db") as store, open_huey(directory / "huey.db") as huey:
+        enqueue = huey.task()(_answer)
+        works = {
+            "raw": lambda: _append_and_sync(directory / "raw"),
+            "one by one": lambda: _add(store, 1),
+            "grouped": lambda: _add(store, GROUP),
+            "huey": lambda: [enqueue(PROMPT) for _ in range(GROUP)],
+        }
+        rates = [_rates(works, slices) for _ in range(repetitions)]
     return [
         Line(
             name="durable accept rate, one by one",
-            work=f"Store.add_many of one task of 300 bytes, {commits} a time",
+            work=f"Store.add_many of one task of 300 bytes, {slices * GROUP} a time",
             against="4 KiB appended and fdatasync",
-            ours=one_by_one,
-            theirs=raw,
+            ours=[rate["one by one"] for rate in rates],
+            theirs=[rate["raw"] for rate in rates],
             show=per_second,
             aim=at_least(0.8),
         ),
         Line(
             name="durable accept rate, in groups",
-            work=f"Store.add_many of {GROUP} tasks of 300 bytes, {commits} tasks a time",
+            work=f"Store.add_many of {GROUP} tasks of 300 bytes, {slices} times",
             against="huey enqueuing in SQLite, as it comes",
-            ours=grouped,
-            theirs=huey,
+            ours=[rate["grouped"] for rate in rates],
+            theirs=[rate["huey"] for rate in rates],
             show=per_second,
             aim=at_least(2.0),
         ),
@@ -61,13 +62,11 @@ def open_store(path: Path) -> Iterator[Store]:
 
 
 @contextmanager
-def open_huey(path: Path) -> Iterator[Callable[[str], Any]]:
-    """A function that enqueues a prompt in huey."""
+def open_huey(path: Path) -> Iterator[SqliteHuey]:
+    """Open huey on SQLite as it comes: its commits wait for the disk."""
     huey = SqliteHuey(filename=str(path))
-    try:
-        yield huey.task()(_answer)
-    finally:
-        huey.storage.close()
+    with closing(huey.storage):
+        yield huey
 
 
 def submission(task_id: str, *, model: str = "small:latest", **fields: Any) -> Submission:
@@ -86,24 +85,29 @@ def submission(task_id: str, *, model: str = "small:latest", **fields: Any) -> S
     return Submission(task=task)
 
 
-def rate(count: int, work: Callable[[], object]) -> float:
-    """How many a second, if ``work`` does ``count``."""
-    began_at = time.perf_counter()
-    work()
-    return count / (time.perf_counter() - began_at)
+def _rates(works: Mapping[str, Callable[[], object]], slices: int) -> dict[str, float]:
+    """How many a second each of ``works`` does, which does a group at a call."""
+    spent_s = dict.fromkeys(works, 0.0)
+    for _ in range(slices):
+        for name, work in works.items():
+            began_at = time.perf_counter()
+            work()
+            spent_s[name] += time.perf_counter() - began_at
+    return {name: slices * GROUP / seconds for name, seconds in spent_s.items()}
 
 
-def _append_and_sync(path: Path, count: int) -> None:
+def _append_and_sync(path: Path) -> None:
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for _ in range(count):
+    for _ in range(GROUP):
         os.write(file, BLOCK)
         os.fdatasync(file)
     os.close(file)
 
 
-def _add(store: Store, submissions: Sequence[Submission], group: int) -> None:
-    for begin in range(0, len(submissions), group):
-        store.add_many(submissions[begin : begin + group])
+def _add(store: Store, together: int) -> None:
+    submissions = [submission(secrets.token_hex(8)) for _ in range(GROUP)]
+    for begin in range(0, GROUP, together):
+        store.add_many(submissions[begin : begin + together])
 
 
 def _answer(_prompt: str) -> None:
