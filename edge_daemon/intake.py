@@ -175,9 +175,10 @@ def _no_constant(name: str) -> float:
 
 
 def _integer(text: str) -> int:
-    if len(text) > 20 or abs(int(text)) > MAX_INTEGER:
+    value = int(text) if len(text) <= 20 else math.inf
+    if not -MAX_INTEGER <= value <= MAX_INTEGER:
         raise Rejected("invalid_json", "an integer is beyond 2^53")
-    return int(text)
+    return int(value)
 
 
 def _finite(text: str) -> float:
@@ -190,10 +191,9 @@ def _finite(text: str) -> float:
 def _check_shape(value: Any) -> None:
     """Depth, number of members and text, without recursion."""
     todo = [(value, 1)]
-    for members in range(MAX_MEMBERS):
-        if members == len(todo):
-            return
-        item, depth = todo[members]
+    for item, depth in todo:  # it grows while it is walked
+        if len(todo) > MAX_MEMBERS:
+            raise Rejected("invalid_json", f"more than {MAX_MEMBERS} members")
         if depth > MAX_DEPTH:
             raise Rejected("invalid_json", f"nested deeper than {MAX_DEPTH}")
         if isinstance(item, str):
@@ -202,7 +202,6 @@ def _check_shape(value: Any) -> None:
             todo += [(child, depth + 1) for pair in item.items() for child in pair]
         elif isinstance(item, list):
             todo += [(child, depth + 1) for child in item]
-    raise Rejected("invalid_json", f"more than {MAX_MEMBERS} members")
 
 
 def _check_text(text: str) -> None:

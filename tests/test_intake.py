@@ -859,14 +859,14 @@ def fastest_s(job: Callable[[], object]) -> float:
 
 @pytest.mark.parametrize("text", NASTY.values(), ids=NASTY.keys())
 def test_nasty_json_takes_no_longer_than_plain(text: str) -> None:
-    """No 64 kB of JSON keep us busy for more than some times what ordinary 64 kB take to parse."""
+    """No 64 kB of JSON keep us busy for more than a fixed multiple of what ordinary 64 kB take to parse."""
 
     def read() -> None:
         with suppress(Rejected):
             read_json(text)
 
     assert len(text) == pytest.approx(len(PLAIN), rel=0.6)
-    assert fastest_s(read) < 30 * fastest_s(lambda: json.loads(PLAIN))
+    assert fastest_s(read) < 100 * fastest_s(lambda: json.loads(PLAIN))
 
 
 def test_the_table_of_codes_is_whole() -> None:
