@@ -170,9 +170,10 @@ def _start_children(config: "Config", aliases: list[str], children: ExitStack) -
     serve = partial(start_ollama, directory, aliases=aliases, max_loaded=MAX_LOADED)
     ollama = serve()
     children.enter_context(Keeper("model server", ollama, partial(serve, port=urlsplit(ollama.url).port or 0)))
+    protocol = "3.1.1" if broker.kind == "amqtt" else config.mqtt.protocol  # it knows nothing newer: do not ask
     no_tls = {"enabled": False, "ca_file": None, "cert_file": None, "key_file": None}
     return {
-        "mqtt": {"host": broker.host, "port": broker.port, "tls": no_tls},
+        "mqtt": {"host": broker.host, "port": broker.port, "protocol": protocol, "tls": no_tls},
         "ollama.url": ollama.url,
         "models.default": _default_model(config, ollama.url),
     }

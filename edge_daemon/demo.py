@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from edge_daemon.config import Config, load, mqtt_password
-from edge_daemon.errors import EdgeError
+from edge_daemon.errors import EdgeError, OllamaDown
 from edge_daemon.messages import Priority, compact
 from edge_daemon.mqtt_bridge import Device, Received
 from edge_daemon.ollama import Ollama
@@ -42,6 +42,7 @@ EMBEDDED_MODELS = ("smollm2:135m", "gemma3:270m", "scribe:135m")
 ALIAS = "scribe:135m=smollm2:135m"
 # Two models fit, three are asked for: somebody has to go.
 EMBEDDED_CONFIG = """\
+drain_timeout_s: 1
 pool: {max_resident: 2}
 models: {default: "smollm2:135m"}
 telemetry: {interval_s: 2}
@@ -150,6 +151,7 @@ def run_real(path: Path | None) -> int:
     """
     config = load(path, {"node": f"demo-{secrets.token_hex(3)}", "mqtt.client_id": None})
     models = _smallest_models(config)
+    _check_broker(config)
     try:
         return _run(config, models, ["--config", str(path)] if path else [])
     finally:
@@ -161,7 +163,11 @@ def _smallest_models(config: Config) -> list[str]:
     """Up to three models that Ollama has on its disk and that can write."""
     ollama = Ollama(config.ollama.url, connect_timeout_s=config.ollama.connect_timeout_s)
     found: list[str] = []
-    for tag in sorted(ollama.tags(), key=lambda tag: tag.size_bytes):
+    try:
+        tags = sorted(ollama.tags(), key=lambda tag: tag.size_bytes)
+    except OllamaDown as error:
+        raise EdgeError(f"Ollama does not answer: {error}") from None
+    for tag in tags:
         capabilities = ollama.show(tag.name).capabilities
         if not capabilities or "completion" in capabilities:
             found.append(tag.name)
@@ -170,6 +176,14 @@ def _smallest_models(config: Config) -> list[str]:
     if not found:
         raise EdgeError(f"Ollama at {config.ollama.url} has no model that can write; try: ollama pull smollm2:135m")
     return found
+
+
+def _check_broker(config: Config) -> None:
+    try:
+        with _device(config):
+            pass
+    except OSError as error:
+        raise EdgeError(str(error)) from None
 
 
 def _clear_retained(config: Config) -> None:
@@ -292,7 +306,9 @@ class _Node:
             )
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is KeyboardInterrupt:
+            print("\nInterrupted: stopping the daemon", flush=True)
         self._process.terminate()
         try:
             self._process.wait(STOP_S)

@@ -28,7 +28,18 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "store": frozenset({"scheduler", "messages", "errors", "clock"}),
     "model_pool": frozenset({"ollama", "estimates", "scheduler", "messages", "errors", "clock"}),
     "worker": frozenset(
-        {"store", "scheduler", "model_pool", "ollama", "estimates", "breaker", "logger", "telemetry", "config", "schema"}
+        {
+            "store",
+            "scheduler",
+            "model_pool",
+            "ollama",
+            "estimates",
+            "breaker",
+            "logger",
+            "telemetry",
+            "config",
+            "schema",
+        }
         | {"messages", "errors", "clock"}
     ),
     "mqtt_bridge": frozenset({"config", "messages", "errors", "clock"}),
@@ -36,6 +47,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "embedded": frozenset({"embedded", "errors"}),
     "main": ANY,
     "cli": ANY,
+    "demo": frozenset({"mqtt_bridge", "ollama", "config", "systemd", "messages", "errors"}),
     "__main__": frozenset({"cli"}),
     "__init__": frozenset(),
 }
