@@ -75,6 +75,10 @@ def _const(value: Any, wanted: Any, _schema: Mapping[str, Any], path: str) -> st
 
 
 def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
     return isinstance(a, bool) == isinstance(b, bool) and bool(a == b)  # True is not 1 in JSON
 
 
@@ -90,14 +94,14 @@ def _properties(value: Any, schemas: Any, _schema: Mapping[str, Any], path: str)
 
 
 def _additional(value: Any, extra: Any, schema: Mapping[str, Any], path: str) -> str | None:
-    if not isinstance(value, dict):
+    if not isinstance(value, dict) or "patternProperties" in schema:  # which names it leaves over is not known here
         return None
     known = schema.get("properties", {})
     return _first(problem(item, extra, f"{path}.{name}") for name, item in value.items() if name not in known)
 
 
-def _items(value: Any, schema: Any, _whole: Mapping[str, Any], path: str) -> str | None:
-    if not isinstance(value, list):
+def _items(value: Any, schema: Any, whole: Mapping[str, Any], path: str) -> str | None:
+    if not isinstance(value, list) or "prefixItems" in whole:  # the same
         return None
     return _first(problem(item, schema, f"{path}[{index}]") for index, item in enumerate(value))
 
@@ -137,7 +141,7 @@ _CHECKS: dict[str, Callable[[Any, Any, Mapping[str, Any], str], str | None]] = {
     "additionalProperties": _additional,
     "items": _items,
     "anyOf": _any_of,
-    "oneOf": _any_of,
+    "oneOf": _any_of,  # what tells the forms apart may be a keyword that is not checked here
     "allOf": _all_of,
     "minimum": _limit((int, float), _itself, low=True),
     "maximum": _limit((int, float), _itself, low=False),
@@ -154,7 +158,7 @@ def _names(value: Any) -> bool:
 
 def _type_names(value: Any) -> bool:
     names = value if isinstance(value, list) else [value]
-    return all(isinstance(name, str) and name in _TYPES for name in names)
+    return bool(names) and all(isinstance(name, str) and name in _TYPES for name in names)
 
 
 def _number(value: Any) -> bool:
@@ -165,6 +169,10 @@ def _list(value: Any) -> bool:
     return isinstance(value, list)
 
 
+def _forms(value: Any) -> bool:
+    return isinstance(value, list) and bool(value)
+
+
 def _object(value: Any) -> bool:
     return isinstance(value, Mapping)
 
@@ -173,6 +181,7 @@ _SHAPES: dict[str, Callable[[Any], bool]] = {
     "type": _type_names,
     "required": _names,
     "properties": _object,
-    **dict.fromkeys(("enum", "anyOf", "oneOf", "allOf"), _list),
+    "enum": _list,
+    **dict.fromkeys(("anyOf", "oneOf", "allOf"), _forms),
     **dict.fromkeys(("minimum", "maximum", "minLength", "maxLength", "minItems", "maxItems"), _number),
 }
