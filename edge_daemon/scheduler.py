@@ -42,7 +42,7 @@ class Policy:
     urgent_swap_share: float = 0.25
     """The share of time that may go into loads for urgent tasks."""
     urgent_burst_s: float = 60.0
-    """How much of that share can be saved up."""
+    """How much of that share can be saved up. A longer load needs all of it, and is owed for."""
     quantum_loads: float = 16.0
     """A loaded model works this many times its load time before an overdue task may force another load."""
     patience: float = 4.0
@@ -145,14 +145,15 @@ def choose(view: View) -> Decision | None:
     """The next task, or None when none waits (or none can be given room). The first rule that applies decides.
 
     1. Urgent: a resident model's urgent task; another's while the urgent credit pays for the load.
-    2. Turn: each third pick goes to the resident models' task that is overdue most, the first one of a turn to the
-       model that was loaded.
-    3. Overdue: a model out of memory with an overdue task is loaded, the one without service for longest first, once
-       the last load has paid for itself (``_turn_is_over``) or no resident model has work.
+    2. Turn: each third pick goes to an overdue task of a resident model, the first of a turn to the one just loaded.
+    3. Overdue: a model out of memory with an overdue task is loaded, once the last load has paid for itself
+       (``_turn_is_over``) or no resident model has work.
     4. Stay: resident models are served until they have no work.
     5. Plan: the model to load that costs least waiting, as far as is known now.
 
-    No task of a model waits longer for its first service, urgent work aside, than ``starvation_bound_s``.
+    Rules 2 and 3 take the model that has been without service for longest, and its most overdue task. So no model gets
+    two turns while another has an overdue task, which waits, urgent work aside, for the rest of the turn that is on
+    and one turn of each other model: at most quantum_loads * quanta load times and one task each.
     """
     desk = _Desk(view)
     for rule in (_urgent, _turn, _overdue, _stay, _plan):
@@ -160,17 +161,6 @@ def choose(view: View) -> Decision | None:
         if decision is not None:
             return decision
     return None
-
-
-def starvation_bound_s(view: View, model: str, longest_run_s: float) -> float:
-    """Within how many seconds an overdue task of ``model`` runs, if it is its model's most overdue one.
-
-    The turn that is on may use up its quanta; then every other model, and no model twice, may be loaded first.
-    Time spent on urgent tasks comes on top.
-    """
-    allowed = view.policy.quantum_loads * view.policy.quanta
-    turns_s = sum(cost.load_s * (1 + allowed) + longest_run_s for cost in view.costs.values())
-    return turns_s + view.costs[model].load_s
 
 
 def advance(
@@ -245,11 +235,13 @@ def decayed_rate(rate_per_s: float, elapsed_s: float, *, arrivals: int) -> float
 
 
 def _urgent(desk: "_Desk") -> Decision | None:
-    turn = desk.view.turn
-    credit_s = desk.view.policy.urgent_burst_s if turn is None else turn.urgent_credit_s
-    urgent = [h for heads in desk.queues.values() for h in heads if h.priority is Priority.URGENT]
-    for head in sorted(urgent, key=lambda h: (h.model not in desk.resident, h.seq)):
-        if head.model in desk.resident or desk.view.costs[head.model].load_s <= credit_s:
+    turn, burst_s = desk.view.turn, desk.view.policy.urgent_burst_s
+    credit_s = burst_s if turn is None else turn.urgent_credit_s
+    affordable = [m for m in desk.outside if min(desk.view.costs[m].load_s, burst_s) <= credit_s]
+    for models in (desk.ready, affordable):
+        urgent = [h for model in models for h in desk.queues[model] if h.priority is Priority.URGENT]
+        if urgent:
+            head = min(urgent, key=lambda h: h.seq)
             return desk.decide(head.model, "urgent", head)
     return None
 
@@ -258,17 +250,14 @@ def _turn(desk: "_Desk") -> Decision | None:
     turn = desk.view.turn
     if turn is None or turn.picks % HEAD_OF_LINE_EVERY:
         return None
-    head = desk.most_overdue(desk.ready if turn.picks else [m for m in desk.ready if m == turn.model])
-    return desk.decide(head.model, "turn", head) if head else None
+    return desk.relieve("turn", desk.ready if turn.picks else [m for m in desk.ready if m == turn.model])
 
 
 def _overdue(desk: "_Desk") -> Decision | None:
-    late = [m for m in desk.outside if desk.most_overdue([m], within_reach=True)]
+    late = [m for m in desk.outside if desk.most_overdue(m)]
     if not late or (desk.ready and not _turn_is_over(desk, late)):
         return None
-    recent = desk.view.turn.recent if desk.view.turn else ()
-    longest_ago = min(late, key=lambda m: (recent.index(m) if m in recent else -1, m))
-    return desk.decide(longest_ago, "overdue", desk.most_overdue([longest_ago]))
+    return desk.relieve("overdue", late)
 
 
 def _turn_is_over(desk: "_Desk", late: list[str]) -> bool:
@@ -289,7 +278,7 @@ def _plan(desk: "_Desk") -> Decision | None:
     if not desk.outside:
         return None
     model, evict = desk.plan(desk.outside)[0]
-    oldest_s = max(h.waited_s for heads in desk.queues.values() for h in heads)
+    oldest_s = max(h.waited_s for m in desk.outside for h in desk.queues[m])
     settle_s = SETTLE_SHARE * desk.view.costs[model].load_s - oldest_s
     return desk.decide(model, "plan", evict=evict, not_before_s=settle_s if settle_s > TICK_S else 0.0)
 
@@ -306,7 +295,8 @@ class _Desk:
         }
         self.queues: dict[str, list[Head]] = {}
         for head in view.heads:
-            self.queues.setdefault(head.model, []).append(head)
+            if not self._expires_in_load(head):
+                self.queues.setdefault(head.model, []).append(head)
         self.ready = [m for m in self.queues if m in self.resident]
         self.outside = [m for m in self.queues if m not in self.resident and self._fits(self.pinned | {m})]
         self.work_s = {m: sum(h.run_s * h.count for h in heads) for m, heads in self.queues.items()}
@@ -345,16 +335,19 @@ class _Desk:
         """The greatest age in these models."""
         return max(self.age(head) for model in models for head in self.queues[model])
 
-    def most_overdue(self, models: Iterable[str], *, within_reach: bool = False) -> Head | None:
-        """The head of these models that is overdue most; ``within_reach``: and does not expire during a load."""
-        overdue = [
-            head
-            for model in models
-            for head in self.queues[model]
-            if self.age(head) >= 1
-            and not (within_reach and (head.expires_in_s or math.inf) < self.view.costs[model].load_s)
-        ]
+    def most_overdue(self, model: str) -> Head | None:
+        """The head of ``model`` that is overdue most, if any is."""
+        overdue = [head for head in self.queues[model] if self.age(head) >= 1]
         return max(overdue, key=lambda h: (self.age(h), -h.seq), default=None)
+
+    def relieve(self, reason: str, models: Iterable[str]) -> Decision | None:
+        """The decision for the most overdue task of that model, of those with one, without service for longest."""
+        overdue = {model: head for model in models if (head := self.most_overdue(model))}
+        if not overdue:
+            return None
+        recent = self.view.turn.recent if self.view.turn else ()
+        model = min(overdue, key=lambda m: (recent.index(m) if m in recent else -1, m))
+        return self.decide(model, reason, overdue[model])
 
     def pick_key(self, head: Head) -> tuple[float, int]:
         """Aged weighted shortest first."""
@@ -369,7 +362,7 @@ class _Desk:
 
         def index(model: str) -> tuple[float, str]:
             load_s = 0.0 if model in self.resident else self.view.costs[model].load_s
-            return (-self.weight[model] / (load_s + self.work_s[model]), model)
+            return (-self.weight[model] / max(load_s + self.work_s[model], TICK_S), model)
 
         ranked = sorted(models, key=index)
         waiting, resident = frozenset(ranked[:SEARCH_MODELS]), self.resident
@@ -422,8 +415,12 @@ class _Desk:
         if single:
             return single
         for count in range(2, len(victims) + 1):
-            if self._fits(resident.difference(victims[:count]) | {model}):
-                return [frozenset(victims[:count])]
+            evict = frozenset(victims[:count])
+            if self._fits(resident - evict | {model}):
+                for victim in reversed(victims[:count]):  # the dearest first: the last one may have made it needless
+                    if self._fits(resident - (evict - {victim}) | {model}):
+                        evict -= {victim}
+                return [evict]
         return []
 
     def worth(self, model: str, waiting: frozenset[str]) -> float:
@@ -433,6 +430,12 @@ class _Desk:
             return 0.0
         tasks = self.weight[model] if model in waiting else 0.0
         return (tasks + cost.rate_per_s * cost.load_s) * cost.load_s / self.sizes[model]
+
+    def _expires_in_load(self, head: Head) -> bool:
+        """Whether it cannot be helped: it would be over before its model is there, and is the only one of its class."""
+        if head.expires_in_s is None or head.model in self.resident or head.count > 1:
+            return False
+        return head.expires_in_s < self.view.costs[head.model].load_s
 
     def _fits(self, models: Iterable[str]) -> bool:
         models = frozenset(models)
