@@ -251,6 +251,8 @@ class Daemon:
         self.bridge.start()
         self._publish_info()
         self._set_state()
+        self._publish_changed("queue", self._queue())
+        self._publish_changed("models", self._models())
         self._event("daemon_started", data={"version": __version__, "queued": self.store.open_count()})
         systemd.ready(self._summary())
         log.info("ready: %d tasks in the queue", self.store.open_count())
@@ -358,8 +360,8 @@ class Daemon:
 
     def _on_finished(self, finished: Finished) -> None:
         result = finished.result
+        self.bridge.results_waiting()  # first, because somebody waits for it
         self._append(self._task_row(finished), task_seq=finished.stored.seq)
-        self.bridge.results_waiting()
         fields = {"TASK_ID": result.id, "SRC": result.src, "MODEL": result.model or ""}
         log.info("task %s/%s %s%s", result.src, result.id, result.state, _summary(result), extra={"fields": fields})
         if self.config.log.prompts:

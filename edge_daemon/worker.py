@@ -260,7 +260,7 @@ class Worker(threading.Thread):
             self._load_ahead(self._preload.pop(0))
             return 0
         waiting = self._store.heads()
-        decision = choose(self._view(waiting))
+        decision = choose(self._view(waiting)) if waiting else None
         if decision is None:
             return self._idle(waiting)
         if decision.not_before_s > 0:
@@ -463,9 +463,10 @@ class Worker(threading.Thread):
 
     def _prefetch(self, running: str) -> None:
         """Load the next model while this one works, if it needs only memory that nobody misses."""
-        if not self._rules.prefetch or self._pool.loading is not None:
+        waiting = self._store.heads()
+        if not waiting or not self._rules.prefetch or self._pool.loading is not None:
             return
-        plan = prefetch(self._view(self._store.heads()), running)
+        plan = prefetch(self._view(waiting), running)
         if plan is None:
             return
         try:
