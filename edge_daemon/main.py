@@ -106,7 +106,9 @@ class Daemon:
         self.worker = self._build_worker()
         handlers = Handlers(
             submit=self._submit,
-            refuse=lambda incoming, code, message: self.intake.refuse(incoming, code, message, retryable=True),
+            refuse=lambda incoming, code, message: self.intake.refuse(
+                incoming, code, message, retryable=code == "storage_full"
+            ),
             cancel=self.worker.cancel,
             known=lambda src, task_id: self.store.find(src, task_id) is not None,
             unsent=lambda limit, skip: self.store.unsent(limit, skip=skip),
@@ -296,6 +298,7 @@ class Daemon:
     def _look_around(self) -> None:
         """What is done now and then: rows to the disk, retained topics and the status line kept current."""
         self._sync_csv()
+        self.worker.expire()
         if not self._busy():
             self.store.flush()
         self._set_state()

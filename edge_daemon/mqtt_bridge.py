@@ -51,6 +51,8 @@ WINDOW = 20
 """Unconfirmed messages at most; a broker may allow fewer (Receive Maximum)."""
 GROUP = 64
 """Tasks committed together at most."""
+ANSWER_S = 5.0
+"""How long a broker may take to answer a connection that it has let be made."""
 BEAT_S = 5.0
 """The longest that a thread here waits before it shows that it lives."""
 STRIKES = 3
@@ -142,6 +144,8 @@ class _Publication:
     delivery: _Delivery | None = None
     vital: bool = True
     """A refusal by the broker counts against the delivery; a copy to ``reply_to`` does not."""
+    proves: tuple[int, ...] = ()
+    """Tasks whose PUBACK went out before it: when it is confirmed, they have arrived."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -298,6 +302,14 @@ class _Confirmed:
     refusal: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Acknowledged:
+    """The PUBACK of this task, which has no id of its sender's, is on its way."""
+
+    connection: "_Connection"
+    seq: int
+
+
 class _Thread(threading.Thread):
     """A thread whose death and whose silence are noticed by the watchdog of ``main``."""
 
@@ -333,6 +345,7 @@ class _Connection:
         self._beat = beat
         self.is_v5 = protocol == MQTTProtocolVersion.MQTTv5
         self.protocol_name = "5" if self.is_v5 else "3.1.1"
+        self.reached = False
         self.accepted = False
         self.ended = False
         self.refusal: ReasonCode | None = None
@@ -371,8 +384,12 @@ class _Connection:
         """Connect and serve until the connection ends. Returns why it ended."""
         try:
             self._connect()
+            self.reached = True
+            answer_by = time.monotonic() + ANSWER_S
             while (code := self.client.loop(timeout=BEAT_S)) == MQTT_ERR_SUCCESS and self.refusal is None:
                 self._beat()
+                if not self.accepted and time.monotonic() > answer_by:
+                    return f"no answer within {ANSWER_S:g} s"
         except (OSError, ValueError) as error:
             return str(error)
         finally:
@@ -482,6 +499,7 @@ class _Network(_Thread):
         asked = shared.config.mqtt.protocol
         self._protocol = MQTTProtocolVersion.MQTTv311 if asked == "3.1.1" else MQTTProtocolVersion.MQTTv5
         self._may_fall_back = asked == "auto"
+        self._only_tries = False  # 3.1.1, because the broker hung up without a word
         self._connection: _Connection | None = None
 
     def work(self) -> None:
@@ -510,11 +528,21 @@ class _Network(_Thread):
                 wire.shutdown(SHUT_RDWR)
 
     def _fall_back(self, connection: _Connection) -> bool:
-        """Whether the broker knows no MQTT 5, so that the next attempt speaks 3.1.1."""
+        """Whether the broker knows no MQTT 5, so that the next attempt speaks 3.1.1.
+
+        Most brokers say so; some cannot even read the request and hang up, as one that is going down does too. So what
+        was only tried after that does not last longer than its connection.
+        """
+        if self._only_tries:
+            self._only_tries = False
+            self._protocol = MQTTProtocolVersion.MQTTv5
+            return False
         unsupported = connection.refusal is not None and connection.refusal.value == UNSUPPORTED_VERSION
-        if not (unsupported and self._may_fall_back and connection.is_v5):
+        hung_up = connection.reached and not connection.accepted and connection.refusal is None
+        if not (self._may_fall_back and connection.is_v5 and (unsupported or hung_up)):
             return False
         log.info("the broker does not speak MQTT 5: using 3.1.1")
+        self._only_tries = hung_up
         self._protocol = MQTTProtocolVersion.MQTTv311
         return True
 
@@ -657,16 +685,13 @@ class _IntakeThread(_Thread):
 
     def _acknowledge(self) -> None:
         """PUBACK in the order of arrival, as MQTT demands, as far as everything is answered."""
-        acked: list[int] = []
         while self._line and (self._line[0].answered or self._line[0].connection.ended):
             arrival = self._line.popleft()
             if arrival.answered:
                 # On a connection that is gone this goes nowhere, and the broker sends the message again.
                 arrival.connection.client.ack(arrival.mid, arrival.qos)
                 if arrival.unacked_seq is not None:
-                    acked.append(arrival.unacked_seq)
-        if acked:
-            self.shared.handlers.mark_acked(acked)
+                    self.shared.mail.put(_Acknowledged(arrival.connection, arrival.unacked_seq))
 
 
 def _reason(result: Result) -> str:
@@ -738,6 +763,7 @@ class _Publisher(_Thread):
         self._retained: dict[str, _Publication] = {}  # the last value of each retained topic
         self._stale: dict[str, None] = {}  # retained topics to be sent, in order
         self._in_flight: dict[int, _Publication] = {}
+        self._acknowledged: list[int] = []  # tasks whose PUBACK went out after the last publication
         self._delivering: dict[int, _Delivery] = {}  # results on their way, by seq
         self._strikes: dict[int, int] = {}
         self._outbox_may_have_more = True
@@ -765,6 +791,8 @@ class _Publisher(_Thread):
                 self._keep_parts(item)
             case _Confirmed(connection, mid, refusal) if connection is self.connection:
                 self._confirmed(mid, refusal)
+            case _Acknowledged(connection, seq) if connection is self.connection:
+                self._acknowledged.append(seq)
             case _Connected(connection):
                 self._connected(connection)
             case _Lost(connection) if connection is self.connection:
@@ -806,6 +834,7 @@ class _Publisher(_Thread):
         for backlog in (self._parts, self._progress):
             backlog.clear()
         self._in_flight.clear()
+        self._acknowledged.clear()
         self._delivering.clear()
 
     # -- sending
@@ -840,12 +869,16 @@ class _Publisher(_Thread):
             publication.topic, publication.payload, publication.qos, publication.retain, properties
         )
         if publication.qos and info.rc == MQTT_ERR_SUCCESS:
+            publication.proves = tuple(self._acknowledged)
+            self._acknowledged.clear()
             self._in_flight[info.mid] = publication
 
     def _confirmed(self, mid: int, refusal: str | None) -> None:
         publication = self._in_flight.pop(mid, None)
         if publication is None:
             return
+        if publication.proves:
+            self.shared.handlers.mark_acked(publication.proves)
         if refusal is not None:
             log.error("the broker refuses a message on %s: %s", publication.topic, refusal)
         delivery = publication.delivery

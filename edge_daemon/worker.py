@@ -210,6 +210,12 @@ class Worker(threading.Thread):
                 return
             self._end_unrun(stored, TaskState.CANCELLED)
 
+    def expire(self) -> None:
+        """End the waiting tasks whose time to live has passed; any thread may ask, also while another task runs."""
+        with self._lock:
+            for stored in self._store.expired():
+                self._end_unrun(stored, TaskState.EXPIRED)
+
     def stop(self, *, drain_s: float, beat: Callable[[], None] = lambda: None) -> None:
         """Take no further task; let the running one finish within ``drain_s``, else put it aside. Then return.
 
@@ -252,7 +258,7 @@ class Worker(threading.Thread):
 
     def _step(self) -> float:
         """Do one thing. Returns the seconds after which to look again if nothing happens, 0 for at once."""
-        self._expire()
+        self.expire()
         self._settle()
         if not self._look():
             return min(LONGEST_PAUSE_S, 2.0 ** min(self._unanswered, 5) / 2)
@@ -613,10 +619,6 @@ class Worker(threading.Thread):
             return False
         may_fall_back = isinstance(error, ModelMissing) and model == stored.task.model
         return error.retryable or (may_fall_back and bool(self._rules.fallbacks(model)))
-
-    def _expire(self) -> None:
-        for stored in self._store.expired():
-            self._end_unrun(stored, TaskState.EXPIRED)
 
     def _end_unrun(self, stored: Stored, state: TaskState) -> None:
         waited_s = round(self._clock.monotonic() - stored.accepted_at, 6)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from tests.mosquitto import Mosquitto
 from tests.waiting import wait_until
@@ -37,6 +37,13 @@ class Row:
     result: dict[str, Any] | None
 
 
+class Listening(Protocol):
+    """A broker, whichever it is."""
+
+    host: str
+    port: int
+
+
 class DaemonProcess:
     """One daemon with its data directory, which stays over restarts.
 
@@ -47,7 +54,7 @@ class DaemonProcess:
     def __init__(
         self,
         directory: Path,
-        broker: Mosquitto,
+        broker: Listening,
         *,
         node: str,
         ollama_url: str,
@@ -80,8 +87,9 @@ class DaemonProcess:
         return self._process.pid
 
     def start(self, *, ready: bool = True) -> None:
-        """Start; with `ready`, return once the broker has taken its subscriptions."""
-        before = self.subscriptions()
+        """Start; with `ready` and a mosquitto, return once it has taken our subscriptions."""
+        ready = ready and isinstance(self.broker, Mosquitto)
+        before = self.subscriptions() if ready else 0
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -95,7 +103,7 @@ class DaemonProcess:
             self.wait_ready(before)
 
     def wait_ready(self, before: int = 0) -> None:
-        """Return once the broker has taken its subscriptions more than `before` times."""
+        """Return once mosquitto has taken our subscriptions more than `before` times."""
 
         def subscribed() -> bool:
             assert self.is_alive(), f"the daemon has ended:\n{self.log()}"
@@ -104,12 +112,12 @@ class DaemonProcess:
         wait_until(subscribed, timeout_s=20)
 
     def subscriptions(self) -> int:
-        """How often the broker has taken our subscriptions."""
-        return self.broker.log().count(f"Sending SUBACK to edge-llm-{self.node}\n")
+        """How often mosquitto has taken our subscriptions."""
+        return self._broker_log().count(f"Sending SUBACK to edge-llm-{self.node}\n")
 
     def connections(self) -> int:
-        """How often the broker has seen us connect."""
-        return self.broker.log().count(f" as edge-llm-{self.node} (")
+        """How often mosquitto has seen us connect."""
+        return self._broker_log().count(f" as edge-llm-{self.node} (")
 
     def is_alive(self) -> bool:
         """Whether the process still runs."""
@@ -166,6 +174,10 @@ class DaemonProcess:
         with closing(sqlite3.connect(self.data_dir / "queue.db")) as db:
             rows = db.execute(f"SELECT {columns} FROM tasks ORDER BY seq").fetchall()  # noqa: S608
         return [Row(**dict(zip(columns.split(", "), row, strict=True)) | {"result": _parsed(row[-1])}) for row in rows]
+
+    def _broker_log(self) -> str:
+        assert isinstance(self.broker, Mosquitto), "only mosquitto tells"
+        return self.broker.log()
 
     @property
     def _config(self) -> Path:

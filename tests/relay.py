@@ -14,8 +14,8 @@ class Relay:
     """
 
     def __init__(self, to_port: int, *, cut_at: bytes = b"") -> None:
+        self.cut_at = cut_at
         self._to_port = to_port
-        self._cut_at = cut_at
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self._outgoing = threading.Event()
@@ -59,7 +59,7 @@ class Relay:
             except OSError:
                 return
             self._sockets += [client, broker]
-            for way in ((client, broker, self._outgoing, self._cut_at), (broker, client, self._incoming, b"")):
+            for way in ((client, broker, self._outgoing, self.cut_at), (broker, client, self._incoming, b"")):
                 threading.Thread(target=_pump, args=way, name="relay-pump", daemon=True).start()
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from edge_daemon import mqtt_bridge
 from edge_daemon.config import Config, Mqtt
 from edge_daemon.errors import StorageFull, StoreError
 from edge_daemon.messages import (
@@ -262,16 +263,17 @@ def test_cancel_topics(broker: Mosquitto, house: House, protocol: str) -> None:
 
 
 def test_acknowledged_once_accepted(broker: Mosquitto, house: House, protocol: str) -> None:
-    """An accepted task is acknowledged and its status goes out; that one without an id was acknowledged is noted."""
+    """An accepted task is acknowledged and its status goes out; without an id that is noted once it is certain."""
     with (
-        running(house, broker.port, protocol=protocol),
+        running(house, broker.port, protocol=protocol) as bridge,
         watching(broker, f"{N}/reply/#") as client,
     ):
         client.publish(f"{N}/task/door/7", "own id")
         client.publish(f"{N}/task", "no id")
         status = client.wait_for_topic(f"{N}/reply/door/7/status")
-        wait_until(lambda: house.acked)
         wait_until(lambda: len(received(broker, "PUBACK")) == 3)
+        bridge.publish_state("queue", {})  # confirmed after it, and so is proof that it arrived
+        wait_until(lambda: house.acked)
     assert status.json["state"] == "queued"
     assert house.acked == [2]
 
@@ -285,8 +287,9 @@ def test_a_task_that_was_not_acknowledged_comes_again(broker: Mosquitto, house: 
     ):
         relay.hold_outgoing()
         client.publish(f"{N}/task", "once")
-        wait_until(lambda: house.acked)
+        wait_until(lambda: house.incoming)
         relay.cut()
+        assert house.acked == []
         relay.release()
         wait_until(lambda: len(house.incoming) == 2)
         wait_until(lambda: len(received(broker, "PUBACK")) >= 2)
@@ -608,6 +611,27 @@ def test_a_wrong_password_is_no_hot_loop(new_mosquitto: NewMosquitto, house: Hou
         broker.start()
         wait_until(lambda: bridge.connected, timeout_s=15)
     assert house.event_types() == ["broker_connected"]
+
+
+def test_a_broker_that_hangs_up_on_mqtt_5(broker: Mosquitto, house: House) -> None:
+    """A broker that hangs up without a word is spoken to in MQTT 3.1.1, for as long as that connection lasts."""
+    with Relay(broker.port, cut_at=b"\x04MQTT\x05") as relay, running(house, relay.port) as bridge:
+        assert bridge.protocol == "3.1.1"
+        relay.cut_at = b""
+        relay.cut()
+        wait_until(lambda: bridge.protocol == "5")
+
+
+def test_a_broker_that_does_not_answer(broker: Mosquitto, house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A broker that takes the connection and says nothing is given up on after a time, and tried again."""
+    monkeypatch.setattr(mqtt_bridge, "ANSWER_S", 0.1)
+    monkeypatch.setattr(mqtt_bridge, "BEAT_S", 0.1)
+    with Relay(broker.port) as relay:
+        relay.hold_incoming()
+        with running(house, relay.port, protocol="3.1.1", wait=False) as bridge:
+            wait_until(lambda: connects(broker) == 2)
+            relay.release()
+            wait_until(lambda: bridge.connected)
 
 
 def test_nobody_there(house: House, broker: Mosquitto) -> None:
