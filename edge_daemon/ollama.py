@@ -138,13 +138,22 @@ class Deadlines:
 
 
 class Interrupted(Exception):
-    """A call was interrupted. ``partial`` is the text so far, ``tokens`` the number of pieces that it came in."""
+    """A call was interrupted. ``pieces`` is the text so far, as it came: a token each, as a rule."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
-        self.partial = ""
-        self.tokens = 0
+        self.pieces: tuple[str, ...] = ()
+
+    @property
+    def partial(self) -> str:
+        """The text so far."""
+        return "".join(self.pieces)
+
+    @property
+    def tokens(self) -> int:
+        """The number of pieces."""
+        return len(self.pieces)
 
 
 class Interrupt:
@@ -297,10 +306,11 @@ class Ollama:
                     at, stage, limit_s = reply.deadline()
                     if text := reply.add(exchange.next(at, partial(DeadlineExceeded, stage, limit_s))):
                         on_text(text)
-        except (ModelError, Interrupted) as error:
+        except ModelError as error:
             error.partial = reply.text
-            if isinstance(error, Interrupted):
-                error.tokens = reply.pieces
+            raise
+        except Interrupted as error:
+            error.pieces = tuple(reply.pieces)
             raise
         return reply.answer()
 
@@ -457,12 +467,11 @@ class _Reply:
 
     def __init__(self, *, model: str, deadlines: Deadlines, room_bytes: int) -> None:
         self.finished = False
-        self.pieces = 0
+        self.pieces: list[str] = []
         self._model = model
         self._deadlines = deadlines
         self._room_bytes = room_bytes
         self._truncated = False
-        self._texts: list[str] = []
         self._last_line: Mapping[str, Any] = {}
         self._began = time.monotonic()
         self._first_at: float | None = None
@@ -470,7 +479,7 @@ class _Reply:
 
     @property
     def text(self) -> str:
-        return "".join(self._texts)
+        return "".join(self.pieces)
 
     def deadline(self) -> tuple[float, str, float]:
         """The deadline that comes next: when, of which stage, and its length in seconds."""
@@ -488,8 +497,8 @@ class _Reply:
         if not isinstance(message, dict):
             raise Incomplete("a message of the answer is no object")
         text = self._fitting(_string(message, "content"))
-        self._texts.append(text)
         if text or _string(message, "thinking"):
+            self.pieces.append(text)
             self._note_progress()
         if line.get("done") is True:
             _check_done(line, "stop", "length")
@@ -504,7 +513,7 @@ class _Reply:
             done_reason="length" if self._truncated else last.get("done_reason") or None,
             truncated=self._truncated,
             prompt_tokens=_number(last, "prompt_eval_count"),
-            output_tokens=_number(last, "eval_count") or self.pieces,
+            output_tokens=_number(last, "eval_count") or len(self.pieces),
             total_ns=_number(last, "total_duration"),
             load_ns=_number(last, "load_duration"),
             prompt_eval_ns=_number(last, "prompt_eval_duration"),
@@ -522,7 +531,6 @@ class _Reply:
         return encoded.decode(errors="ignore")
 
     def _note_progress(self) -> None:
-        self.pieces += 1
         self._last_at = time.monotonic()
         if self._first_at is None:
             self._first_at = self._last_at

@@ -111,6 +111,8 @@ class _Running:
     """The load that was done for it; None when its model could not be loaded."""
     meter: TaskMeter | None = None
     interrupt: Interrupt = field(default_factory=Interrupt)
+    cancelled: bool = False
+    """Its interrupt may have come too late, or for another reason first."""
 
 
 class Worker(threading.Thread):
@@ -206,6 +208,7 @@ class Worker(threading.Thread):
     def _cancel(self, stored: Stored) -> None:
         with self._lock:
             if self._running is not None and self._running.stored.seq == stored.seq:
+                self._running.cancelled = True
                 self._running.interrupt.set("cancelled")
                 return
             self._end_unrun(stored, TaskState.CANCELLED)
@@ -462,6 +465,8 @@ class Worker(threading.Thread):
     def _conclude(self, running: _Running, finished: Finished | None) -> None:
         with self._lock:
             self._running = None
+            if finished is None and running.cancelled:
+                self._end_unrun(running.stored, TaskState.CANCELLED)
         if finished is not None:
             self._end(finished)
         elif running.ensured is not None:
@@ -490,7 +495,7 @@ class Worker(threading.Thread):
             if stream:
                 stream.add(text)
             if self._awake.is_set():
-                self._make_way(running)
+                self._look_up(running)
 
         answer = self._ollama.generate(
             self._generation(stored, model),
@@ -498,8 +503,6 @@ class Worker(threading.Thread):
             on_text=on_text,
             interrupt=running.interrupt,
         )
-        if stream:
-            stream.close()
         self._pool.used(model)
         if self._breakers.succeeded(model):
             self._hooks.event("breaker_closed", "info", {"model": model})
@@ -513,14 +516,20 @@ class Worker(threading.Thread):
             self._streams[stored.seq] = _Stream(stored.task.address, self._hooks.stream)
         return self._streams[stored.seq]
 
-    def _make_way(self, running: _Running) -> None:
-        """Something has arrived while a task runs: an urgent one may be served first."""
+    def _look_up(self, running: _Running) -> None:
+        """Something has arrived while a task runs: it may have to make way, or another model be loaded meanwhile."""
         self._awake.clear()
-        may = self._rules.preempt and running.stored.task.preemptible and not self._stopping.is_set()
-        if not (may and self._store.depth()[Priority.URGENT]):
+        if self._stopping.is_set():
             return
-        if preempts(self._view(self._store.heads()), running.stored.task.priority):
+        if self._is_to_make_way(running.stored.task):
             running.interrupt.set("preempted")
+        else:
+            self._prefetch(running.decision.model)
+
+    def _is_to_make_way(self, task: Task) -> bool:
+        if not (self._rules.preempt and task.preemptible and self._store.depth()[Priority.URGENT]):
+            return False
+        return preempts(self._view(self._store.heads()), task.priority)
 
     def _generation(self, stored: Stored, model: str) -> Generation:
         task = stored.task
@@ -571,10 +580,11 @@ class Worker(threading.Thread):
             text = stored.partial + _clean(error.partial)
             return self._finished(running, self._result(running, state=TaskState.CANCELLED, text=text or None))
         partial, tokens = self._kept(running, error)
+        if stored.seq in self._streams:
+            self._streams[stored.seq].take_back()
         waiting = self._store.put_aside(stored.seq, partial=partial, partial_tokens=tokens)
         log.info("task %s/%s put aside (%s) after %d tokens", *stored.task.key, error.reason, tokens)
-        data = {"id": stored.task.id, "src": stored.task.src, "reason": error.reason, "tokens": tokens}
-        self._hooks.event("task_put_aside", "info", data)
+        self._hooks.event("task_put_aside", "info", self._put_aside_data(running, error, tokens))
         if waiting:
             self._tell(waiting, TaskState.QUEUED)
         return None
@@ -582,16 +592,28 @@ class Worker(threading.Thread):
     def _kept(self, running: _Running, error: Interrupted) -> tuple[str, int]:
         """The text to continue from, and its tokens.
 
-        It ends with a whole word: the rest of a word, or a line break, would be cut into other tokens when it is read
-        again than it was when it was written. An answer in a format, or of a model that thinks, cannot be continued.
+        It ends where a token does, and not in white space: that would be cut into other tokens when it is read again
+        than it was when it was written. An answer in a format, or of a model that thinks, cannot be continued.
         """
         stored = running.stored
         if stored.task.format is not None or self._rules.can_think(running.decision.model):
             return "", 0
-        new = _clean(error.partial)
-        whole = new[: max(new.rfind(" "), new.rfind("\n"), 0)].rstrip()
-        tokens = round(error.tokens * len(whole) / len(new)) if new else 0
-        return stored.partial + whole, stored.partial_tokens + tokens
+        pieces = list(error.pieces[: stored.task.max_tokens - stored.partial_tokens - 1])
+        while pieces and pieces[-1][-1:].isspace():
+            pieces.pop()
+        return stored.partial + _clean("".join(pieces)), stored.partial_tokens + len(pieces)
+
+    def _put_aside_data(self, running: _Running, error: Interrupted, kept: int) -> dict[str, Any]:
+        stored = running.stored
+        return {
+            "id": stored.task.id,
+            "src": stored.task.src,
+            "model": running.decision.model,
+            "reason": error.reason,
+            "tokens": kept,
+            "lost_tokens": stored.partial_tokens + error.tokens - kept,
+            "run_s": round(self._clock.monotonic() - running.began_at, 3),
+        }
 
     def _failed(self, running: _Running, error: ModelError) -> Finished | None:
         """Try again later, or end it."""
@@ -626,7 +648,8 @@ class Worker(threading.Thread):
         self._end(Finished(stored=stored, result=result))
 
     def _end(self, finished: Finished) -> None:
-        self._streams.pop(finished.stored.seq, None)
+        if stream := self._streams.pop(finished.stored.seq, None):
+            stream.close()
         if self._store.finish(finished.stored.seq, finished.result):
             self._hooks.finished(finished)
 
@@ -691,17 +714,26 @@ class _Stream:
         self._address = address
         self._send = send
         self._text = ""
+        self._held = ""
         self._seq = 0
-        self._sent_at = time.monotonic()
+        self._sent_at = float("-inf")
 
     def add(self, text: str) -> None:
-        """Send what has gathered, when it is time."""
-        self._text += text
+        """Send what has gathered, when it is time. White space waits for a word after it: it may be taken back."""
+        self._held += text
+        if text[-1:].isspace():
+            return
+        self._text, self._held = self._text + self._held, ""
         if time.monotonic() - self._sent_at >= CHUNK_S:
             self._flush()
 
+    def take_back(self) -> None:
+        """The text is interrupted, and will be continued from its last word."""
+        self._held = ""
+
     def close(self) -> None:
         """Send the rest and say that it is the end."""
+        self._text, self._held = self._text + self._held, ""
         if self._text:
             self._flush()
         self._seq += 1
