@@ -8,11 +8,12 @@ choose, and the ways in which it can get stuck are not reached.
 import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from edge_daemon.clock import Clock
-from edge_daemon.errors import DeadlineExceeded, ModelError, ModelMissing, ModelTooLarge, NoMemory, OllamaDown
+from edge_daemon.errors import ModelError, ModelMissing, ModelTooLarge, NoMemory, OllamaDown
 from edge_daemon.estimates import Estimates
 from edge_daemon.messages import ModelState
 from edge_daemon.ollama import Interrupt, ModelDetails, Ollama, Running, normalise
@@ -264,6 +265,7 @@ class ModelPool:
         self._on_pull = on_pull
         self._beat = beat
         self._models: dict[str, _Loaded] = {}
+        self._before: dict[str, _Loaded] = {}  # what was resident when Ollama was last heard of
         self._order: _Order | None = None
         self._pause = threading.Event()  # never set: a pause that does not depend on the clock handed in
         self.states: tuple[ModelState, ...] = ()
@@ -281,17 +283,20 @@ class ModelPool:
             listed = {normalise(running.name): running for running in self._ollama.running()}
             listed.pop(self.loading or "", None)  # older versions list it before it is there
         except ModelError:
-            self._models.clear()
+            self._before, self._models = self._before | self._models, {}
             self._publish()
             raise
         now = self._clock.monotonic()
         for name in set(self._models) - set(listed):
             log.info("%s is no longer resident: Ollama or another client unloaded it", name)
         self._models = {name: self._seen(name, running, now) for name, running in listed.items()}
+        self._before = {}
         self._publish()
 
     def _seen(self, name: str, running: Running, now: float) -> _Loaded:
-        known = self._models.get(name) or _Loaded(size_bytes=0, used_at=now, ours=False)
+        # A pinned model is kept whoever loaded it, such as we ourselves before a restart.
+        new = _Loaded(size_bytes=0, used_at=now, ours=self._policy(name).pinned)
+        known = self._models.get(name) or self._before.get(name) or new
         size = running.size_bytes or self.catalogue.size_bytes(name)
         return replace(known, size_bytes=size, context_length=running.context_length)
 
@@ -389,6 +394,8 @@ class ModelPool:
 
     def _admitted(self, name: str) -> int:
         """The bytes that ``name`` needs; raises NoMemory when they are not there."""
+        if self.catalogue.has(name) is None:
+            raise OllamaDown("the list of models cannot be read, so nobody knows what a load would take")
         need, room = self.catalogue.size_bytes(name), self.room_bytes() - self._used_bytes()
         if need > room:
             raise NoMemory(f"{name} needs about {need // MIB} MiB, {max(0, room) // MIB} MiB are free for it")
@@ -466,7 +473,9 @@ class ModelPool:
 
     def _told_bytes(self, name: str) -> int:
         """The size by Ollama's account."""
-        listed = {normalise(running.name): running.size_bytes for running in self._ollama.running()}
+        listed: dict[str, int] = {}
+        with suppress(ModelError):  # the load was good; what is wrong now will be seen at the next look
+            listed = {normalise(running.name): running.size_bytes for running in self._ollama.running()}
         return listed.get(name) or self.catalogue.size_bytes(name)
 
     def unload(self, model: str, *, reason: str) -> bool:
@@ -555,7 +564,8 @@ class ModelPool:
         for name in [name for name, loaded in self._models.items() if loaded.ours]:
             try:
                 self.unload(name, reason=reason)
-            except (OllamaDown, DeadlineExceeded):
+            except ModelError as error:
+                log.warning("could not unload %s: %s", name, error)
                 return
 
     def _publish(self, unloading: str | None = None) -> None:
