@@ -146,14 +146,14 @@ def choose(view: View) -> Decision | None:
 
     1. Urgent: a resident model's urgent task; another's while the urgent credit pays for the load.
     2. Turn: each third pick goes to an overdue task of a resident model, the first of a turn to the one just loaded.
-    3. Overdue: a model out of memory with an overdue task is loaded, once the last load has paid for itself
-       (``_turn_is_over``) or no resident model has work.
+    3. Overdue: once the last load has paid for itself (``_turn_is_over``), or no resident model has work, a model out
+       of memory with an overdue task is loaded.
     4. Stay: resident models are served until they have no work.
     5. Plan: the model to load that costs least waiting, as far as is known now.
 
     Rules 2 and 3 take the model that has been without service for longest, and its most overdue task. So no model gets
-    two turns while another has an overdue task, which waits, urgent work aside, for the rest of the turn that is on
-    and one turn of each other model: at most quantum_loads * quanta load times and one task each.
+    two turns while another has an overdue task, which waits, urgent work aside, for the turn that is on and one of each
+    other model at most. A turn is a load, quantum_loads * quanta times as long of service at most, and one task over.
     """
     desk = _Desk(view)
     for rule in (_urgent, _turn, _overdue, _stay, _plan):
@@ -257,7 +257,7 @@ def _overdue(desk: "_Desk") -> Decision | None:
     late = [m for m in desk.outside if desk.most_overdue(m)]
     if not late or (desk.ready and not _turn_is_over(desk, late)):
         return None
-    return desk.relieve("overdue", late)
+    return desk.relieve("overdue", [*late, *desk.ready])
 
 
 def _turn_is_over(desk: "_Desk", late: list[str]) -> bool:
