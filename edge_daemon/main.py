@@ -265,7 +265,8 @@ class Daemon:
         pruned_at = self.clock.monotonic()
         while True:
             got = signal.sigtimedwait(SIGNALS, BUSY_LOOK_S if self._busy() else IDLE_LOOK_S)
-            if got is not None and got.si_signo != signal.SIGHUP:
+            # Python makes up a signal when the process was stopped for longer than the wait (SIGSTOP, SIGCONT).
+            if got is not None and got.si_signo in (signal.SIGTERM, signal.SIGINT):
                 log.info("stopping on %s", signal.Signals(got.si_signo).name)
                 return None
             if failure := self._failed_thread(beats):
