@@ -6,10 +6,10 @@ BIN := .venv/bin
 export PATH := $(PATH):/usr/sbin
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check bench clean mosquitto
+.PHONY: help venv demo test check bench bench-full clean mosquitto
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: .venv/.installed ## build .venv with everything that the demo and the tests need
 
@@ -32,8 +32,11 @@ check: venv ## format, lint and types, as CI sees them
 	$(BIN)/ruff check
 	$(BIN)/mypy
 
-bench: venv ## measure footprint, latency and throughput
+bench: venv mosquitto ## measure footprint, latency and throughput, in three minutes
 	$(BIN)/python -m benchmarks
+
+bench-full: venv mosquitto ## the same with more repetitions
+	$(BIN)/python -m benchmarks --full
 
 clean: ## remove everything that make and the tools made
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis demo-data

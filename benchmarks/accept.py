@@ -25,7 +25,7 @@ def run(directory: Path, repetitions: int, *, slices: int = 5) -> list[Line]:
     with open_store(directory / "queue.db") as store, open_huey(directory / "huey.db") as huey:
         enqueue = huey.task()(_answer)
         works = {
-            "raw": lambda: _append_and_sync(directory / "raw"),
+            "raw": lambda: append_and_sync(directory / "raw", GROUP),
             "one by one": lambda: _add(store, 1),
             "grouped": lambda: _add(store, GROUP),
             "huey": lambda: [enqueue(PROMPT) for _ in range(GROUP)],
@@ -96,9 +96,10 @@ def _rates(works: Mapping[str, Callable[[], object]], slices: int) -> dict[str, 
     return {name: slices * GROUP / seconds for name, seconds in spent_s.items()}
 
 
-def _append_and_sync(path: Path) -> None:
+def append_and_sync(path: Path, count: int) -> None:
+    """Bring ``count`` blocks to the disk one by one, as fast as it goes."""
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for _ in range(GROUP):
+    for _ in range(count):
         os.write(file, BLOCK)
         os.fdatasync(file)
     os.close(file)

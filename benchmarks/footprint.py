@@ -70,7 +70,7 @@ def _daemon(directory: Path, port: int, url: str) -> tuple[int, float]:
         rig.Watcher(port) as watcher,
     ):
         watcher.subscribe(f"{rig.TOPICS}/telemetry")
-        watcher.get()
+        watcher.wait_for(f"{rig.TOPICS}/telemetry")
         size_bytes = _rss(process)
         rig.stop(process)
     return size_bytes, ready_s

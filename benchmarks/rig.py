@@ -197,6 +197,12 @@ class Watcher:
         if not self._subscribed.wait(PATIENCE_S):
             raise TimeoutError(f"no SUBACK for {topic_filter}")
 
+    def wait_for_daemon(self) -> None:
+        """Return once the daemon is there: it says so after its subscriptions."""
+        self.subscribe(f"{TOPICS}/availability")
+        while self.wait_for(f"{TOPICS}/availability") != b"online":
+            pass
+
     def publish(self, topic: str, payload: bytes) -> None:
         """Send at QoS 1, without waiting."""
         self._client.publish(topic, payload, qos=1)
@@ -207,9 +213,12 @@ class Watcher:
         for info in sent:
             info.wait_for_publish(PATIENCE_S)
 
-    def get(self) -> tuple[str, bytes]:
-        """Topic and payload of the next message that comes."""
-        return self._arrived.get(timeout=PATIENCE_S)
+    def wait_for(self, topic: str) -> bytes:
+        """The payload of the next message on ``topic``; what comes on others is passed over."""
+        while True:
+            came_on, payload = self._arrived.get(timeout=PATIENCE_S)
+            if came_on == topic:
+                return payload
 
     def _on_message(self, _client: Client, _userdata: Any, message: MQTTMessage) -> None:
         self._arrived.put((message.topic, bytes(message.payload)))

@@ -38,7 +38,7 @@ def _line(directory: Path, repetitions: int, tasks: int, inflight: int) -> Line:
     """The daemon and the bare loop in turns; their first turn warms them up."""
     ours, theirs = [], []
     slow = {"name": "slow", "first_token_s": 3600}
-    sections = {"models": {"default": "slow"}, "queue": {"max_tasks": tasks * (repetitions + 2)}}
+    sections = {"models": {"default": "slow"}, "queue": {"max_tasks": 1_000_000}}
     bare_loop = rig.python("-m", "benchmarks.through_mqtt", str(directory / "bare.db"))
     with (
         rig.broker(directory, inflight=inflight) as port,
@@ -47,13 +47,13 @@ def _line(directory: Path, repetitions: int, tasks: int, inflight: int) -> Line:
         rig.announced([*bare_loop, str(port)]) as (bare, _),
         rig.Watcher(port) as watcher,
     ):
-        watcher.subscribe(f"{rig.TOPICS}/state")
-        watcher.get()
+        watcher.wait_for_daemon()
         for repetition in range(repetitions + 1):
             names = [f"{repetition}-{number}" for number in range(tasks)]
             ours.append(_daemon(watcher, daemon, names))
             theirs.append(_bare(watcher, bare, names))
-        rig.stop(daemon)
+        daemon.kill()
+        daemon.wait(rig.PATIENCE_S)
     with closing(sqlite3.connect(directory / "data/queue.db")) as db:
         (accepted,) = db.execute("SELECT count(*) FROM tasks").fetchone()
     if accepted != tasks * (repetitions + 1):
@@ -91,8 +91,7 @@ def _rate(
     watcher.publish_all(messages)
     began_at = time.perf_counter()
     process.send_signal(signal.SIGCONT)
-    while watcher.get()[0] != last:
-        pass
+    watcher.wait_for(last)
     return len(messages) / (time.perf_counter() - began_at)
 
 
