@@ -395,7 +395,7 @@ class ModelPool:
     def _admitted(self, name: str) -> int:
         """The bytes that ``name`` needs; raises NoMemory when they are not there."""
         if self.catalogue.has(name) is None:
-            raise OllamaDown("the list of models cannot be read, so nobody knows what a load would take")
+            self.catalogue.refresh()  # nobody knows what the load would take, and it may be there by now
         need, room = self.catalogue.size_bytes(name), self.room_bytes() - self._used_bytes()
         if need > room:
             raise NoMemory(f"{name} needs about {need // MIB} MiB, {max(0, room) // MIB} MiB are free for it")
