@@ -25,9 +25,13 @@ class Breakers:
     def __init__(self) -> None:
         self._records: dict[str, _Record] = {}
 
-    def failed(self, model: str, now: float) -> float:
-        """A try has failed. Returns the seconds that the model rests."""
-        failures = self._records[model].failures + 1 if model in self._records else 1
+    def failed(self, model: str, now: float, *, weight: int = 1) -> float:
+        """A try has failed. Returns the seconds that the model rests.
+
+        ``weight`` is the number of failures that it counts as; with 0 the model rests, but its breaker does not open.
+        """
+        before = self._records[model].failures if model in self._records else 0
+        failures = before + weight if weight else max(before, min(before + 1, TRIPS_AFTER - 1))
         rest_s = min(LONGEST_REST_S, FIRST_REST_S * 2.0 ** min(failures - 1, 16))
         if failures >= TRIPS_AFTER:
             rest_s = min(LONGEST_REST_S, 8 * rest_s)

@@ -13,7 +13,8 @@ EdgeError
     ├── OllamaBusy       HTTP 503: try again later
     ├── ModelMissing     Ollama does not have it
     ├── ModelTooLarge    it can never fit the memory budget
-    ├── NoMemory         it does not fit now, or the kernel killed it
+    ├── NoMemory         there is no memory for it: the kernel killed it while it loaded
+    │   └── NoRoom       the budget has no room for it now: nothing was loaded
     ├── ModelBroken      its file is damaged or not understood
     ├── BadRequest       Ollama refuses the request itself
     ├── RunnerDied       the process that ran the model is gone
@@ -98,10 +99,14 @@ class ModelTooLarge(ModelError):
 
 
 class NoMemory(ModelError):
-    """The model does not fit into memory now, or the kernel killed its runner while it loaded."""
+    """Ollama found no memory for the model, or the kernel killed its runner while it loaded."""
 
     code = "no_memory"
     retryable = True
+
+
+class NoRoom(NoMemory):
+    """The memory budget has no room for the model now; nothing was loaded."""
 
 
 class ModelBroken(ModelError):

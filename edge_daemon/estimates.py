@@ -14,6 +14,8 @@ PREFILL_OVER_DECODE = 9.0
 GUESSED_OUTPUT_TOKENS = 64.0
 TRUSTED_LOADS = 4
 TRUSTED_EXCESS = 1.25
+KILLED_EXCESS = 1.25
+"""A load that the kernel killed is taken to need so many times what was thought."""
 MEMORY = 0.3
 """Weight of the newest measurement in a running mean."""
 
@@ -110,6 +112,11 @@ class Estimates:
         load_s = _mean(facts.load_s, seconds)
         self._learn(model, replace(facts, load_s=load_s, size_bytes=size, loads=loads, drop_bytes=drop))
         return size
+
+    def killed(self, model: str, predicted_bytes: int, *, at_most: int) -> None:
+        """It was taken to need ``predicted_bytes``, and did not fit: it needs more."""
+        size = min(at_most, int(predicted_bytes * KILLED_EXCESS))
+        self._learn(model, replace(self.facts(model), size_bytes=size))
 
     def answered(
         self,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from edge_daemon.clock import Clock
-from edge_daemon.errors import ModelError, ModelMissing, ModelTooLarge, NoMemory, OllamaDown
+from edge_daemon.errors import ModelError, ModelMissing, ModelTooLarge, NoMemory, NoRoom, OllamaDown
 from edge_daemon.estimates import Estimates
 from edge_daemon.messages import ModelState
 from edge_daemon.ollama import Interrupt, ModelDetails, Ollama, Running, normalise
@@ -349,13 +349,17 @@ class ModelPool:
             need, have = size // MIB, self.limits.budget_bytes // MIB
             raise ModelTooLarge(f"{model} needs about {need} MiB, the memory budget is {have} MiB")
 
+    def evictable(self) -> tuple[str, ...]:
+        """Every resident model that is not pinned, whoever loaded it."""
+        return tuple(name for name in self._models if not self._policy(name).pinned)
+
     # -- changing
 
     def ensure(self, model: str, *, evict: Iterable[str] = (), reason: str) -> Ensured:
         """Make ``model`` resident, after unloading ``evict``. Does nothing when it is resident.
 
         Raises:
-            NoMemory: it would break the budget; nothing was loaded.
+            NoRoom: it would break the budget; nothing was loaded.
             ModelError: the load failed.
             Interrupted: by ``interrupt_load``.
         """
@@ -372,7 +376,7 @@ class ModelPool:
         """Begin to load ``model`` after unloading ``evict``; ``settle`` ends it. One load at a time.
 
         Raises:
-            NoMemory: it would break the budget; nothing was loaded.
+            NoRoom: it would break the budget; nothing was loaded.
             ModelError: it cannot be loaded here, or an unload failed.
         """
         name = normalise(model)
@@ -393,12 +397,12 @@ class ModelPool:
         thread.start()
 
     def _admitted(self, name: str) -> int:
-        """The bytes that ``name`` needs; raises NoMemory when they are not there."""
+        """The bytes that ``name`` needs; raises NoRoom when they are not there."""
         if self.catalogue.has(name) is None:
             self.catalogue.refresh()  # nobody knows what the load would take, and it may be there by now
         need, room = self.catalogue.size_bytes(name), self.room_bytes() - self._used_bytes()
         if need > room:
-            raise NoMemory(f"{name} needs about {need // MIB} MiB, {max(0, room) // MIB} MiB are free for it")
+            raise NoRoom(f"{name} needs about {need // MIB} MiB, {max(0, room) // MIB} MiB are free for it")
         return need
 
     def _load(self, name: str, interrupt: Interrupt) -> float:
@@ -444,6 +448,8 @@ class ModelPool:
         return self._settle_success(order, order.thread.seconds or 0.0)
 
     def _settle_failure(self, order: _Order, error: Exception) -> None:
+        if isinstance(error, NoMemory) and not isinstance(error, NoRoom):
+            self._estimates.killed(order.thread.model, order.predicted_bytes, at_most=self.limits.budget_bytes)
         self._publish()
         self._report(order, self._clock.monotonic() - order.began_at, error=_named(error))
         raise error

@@ -9,13 +9,23 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from edge_daemon import schema
-from edge_daemon.breaker import Breakers
+from edge_daemon.breaker import TRIPS_AFTER, Breakers
 from edge_daemon.clock import Clock, iso
-from edge_daemon.errors import DeadlineExceeded, ModelError, ModelMissing
+from edge_daemon.errors import (
+    BadRequest,
+    DeadlineExceeded,
+    ModelBroken,
+    ModelError,
+    ModelMissing,
+    NoMemory,
+    NoRoom,
+    OllamaBusy,
+    OllamaDown,
+)
 from edge_daemon.estimates import Estimates
 from edge_daemon.messages import (
     Address,
@@ -115,6 +125,14 @@ class _Running:
     """Its interrupt may have come too late, or for another reason first."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Ordered:
+    """A load on its way, that a task waits for."""
+
+    decision: Decision
+    began_at: float
+
+
 class Worker(threading.Thread):
     """Runs tasks until it is stopped.
 
@@ -164,6 +182,8 @@ class Worker(threading.Thread):
         self._breakers = Breakers()
         self._streams: dict[int, _Stream] = {}  # of tasks that have begun, by seq
         self._fresh: dict[str, Ensured] = {}  # loads that no task has made use of yet
+        self._ordered: _Ordered | None = None
+        self._alone: dict[str, str] = {}  # models whose next load finds all others unloaded, and why
 
     # -- asked by others
 
@@ -279,7 +299,7 @@ class Worker(threading.Thread):
             return 0
         if self._pool.loading is not None:
             # One load at a time; the end of this one wakes us.
-            if decision.reason == "urgent":
+            if decision.reason == "urgent" and not (self._ordered and self._ordered.decision.reason == "urgent"):
                 self._pool.interrupt_load("urgent")
             return BEAT_S
         self._load(decision)
@@ -352,12 +372,18 @@ class Worker(threading.Thread):
 
         A model on its way into memory takes no task before it is there, so that resident ones go on meanwhile.
         """
-        if self._breakers.is_open(model) or self._pool.is_missing(model):
-            for fallback in self._rules.fallbacks(model):
-                if not self._breakers.is_open(fallback) and not self._pool.is_missing(fallback):
-                    model = fallback
-                    break
+        model = self._stand_in(model)
         return model if self._breakers.may_try(model, now) and model != self._pool.loading else None
+
+    def _stand_in(self, model: str) -> str:
+        """The first of ``model`` and its fallbacks that works, or may be tried anew; itself when none does."""
+        now = self._clock.monotonic()
+
+        def works(name: str) -> bool:
+            is_probed = name != self._pool.loading and self._breakers.may_try(name, now)
+            return not self._pool.is_missing(name) and (is_probed or not self._breakers.is_open(name))
+
+        return next(filter(works, (model, *self._rules.fallbacks(model))), model)
 
     def _cost(self, model: str, now: float) -> Cost:
         cost = self._pool.cost(model)
@@ -381,17 +407,15 @@ class Worker(threading.Thread):
     # -- loading
 
     def _load(self, decision: Decision) -> None:
-        """Make the model of ``decision`` resident; the next step decides anew, since tasks may come meanwhile."""
-        began_at = self._clock.monotonic()
+        """Begin to load the model of ``decision``. Resident ones go on meanwhile, and its end is decided upon anew."""
+        model = decision.model
+        if reason := self._alone.pop(model, None):
+            decision = replace(decision, evict=self._pool.evictable(), reason=reason)
+        self._ordered = _Ordered(decision=decision, began_at=self._clock.monotonic())
         try:
-            ensured = self._pool.ensure(decision.model, evict=decision.evict, reason=decision.reason)
+            self._pool.start_loading(model, evict=decision.evict, reason=decision.reason)
         except ModelError as error:
-            self._load_failed(decision, error)
-            return
-        except Interrupted:
-            return
-        self._loaded(ensured)
-        self._advance(decision, load_s=ensured.load_s, began_at=began_at)
+            self._load_failed(model, error)
 
     def _load_ahead(self, model: str) -> None:
         try:
@@ -400,29 +424,53 @@ class Worker(threading.Thread):
             log.warning("could not preload %s: %s", model, error)
 
     def _settle(self) -> None:
-        """Take note of a load that ran beside a generation."""
+        """Take note of a load that has ended."""
+        model = self._pool.loading or ""
         try:
             ensured = self._pool.settle()
         except Interrupted:
+            self._ordered = None
             return
         except ModelError as error:
-            log.debug("the load ahead failed: %s", error)
-            self._look_again()
+            self._load_failed(model, error)
             return
-        if ensured is not None:
-            self._loaded(ensured)
+        if ensured is None:
+            return
+        self._loaded(ensured)
+        ordered, self._ordered = self._ordered, None
+        if ordered:
+            self._advance(ordered.decision, load_s=ensured.load_s, began_at=ordered.began_at)
 
     def _loaded(self, ensured: Ensured) -> None:
         if ensured.load_s > 0:
             self._fresh[ensured.model] = ensured
 
-    def _load_failed(self, decision: Decision, error: ModelError) -> None:
+    def _load_failed(self, model: str, error: ModelError) -> None:
         """A failed load counts as an attempt of the task that it was for."""
-        log.warning("could not load %s: %s", decision.model, error)
-        running = self._claim(decision)
-        if running is not None and not self._is_poison(running):
+        log.warning("could not load %s: %s", model, error)
+        self._look_again()
+        ordered, self._ordered = self._ordered, None
+        if isinstance(error, DeadlineExceeded) and error.stage == "load":
+            self._stuck(model, error)
+        if isinstance(error, NoMemory) and not isinstance(error, NoRoom) and self._pool.evictable():
+            self._alone[model] = "killed"
+            if ordered:
+                self._load(ordered.decision)
+            return
+        running = self._claim(ordered.decision) if ordered else None
+        if running is None:
+            self._model_failed(model, error)
+        elif not self._is_poison(running):
             running.ensured = None
             self._conclude(running, self._failed(running, error))
+
+    def _stuck(self, model: str, error: DeadlineExceeded) -> None:
+        """A load hangs. Ollama's own queue of loads may be blocked by a model that it could not unload.
+
+        Nothing but loads shows that. The model rests; resident ones go on; its next load unloads all others first.
+        """
+        self._alone[model] = "stuck"
+        self._hooks.event("ollama_stuck", "error", {"model": model, "after_s": error.limit_s})
 
     # -- running
 
@@ -478,7 +526,7 @@ class Worker(threading.Thread):
         if not waiting or not self._rules.prefetch or self._pool.loading is not None:
             return
         plan = prefetch(self._view(waiting), running)
-        if plan is None:
+        if plan is None or plan.model in self._alone:
             return
         try:
             self._pool.start_loading(plan.model, evict=plan.evict, reason="prefetch")
@@ -619,13 +667,7 @@ class Worker(threading.Thread):
         """Try again later, or end it."""
         stored, model = running.stored, running.decision.model
         self._look_again()
-        if isinstance(error, ModelMissing):
-            self._pool.catalogue.forget(model)
-        was_open = self._breakers.is_open(model)
-        rest_s = self._breakers.failed(model, self._clock.monotonic())
-        if self._breakers.is_open(model) and not was_open:
-            log.error("%s failed too often in a row: it rests for %.0f s", model, rest_s)
-            self._hooks.event("breaker_opened", "error", {"model": model, "rest_s": rest_s, "error": str(error)})
+        self._model_failed(model, error)
         if self._try_again(stored, model, error):
             attempts = f"attempt {stored.attempt} of {self._rules.max_attempts}"
             log.warning("task %s/%s on %s: %s; %s", *stored.task.key, model, error, attempts)
@@ -636,11 +678,24 @@ class Worker(threading.Thread):
         text = stored.partial + _clean(error.partial)
         return self._finished(running, self._result(running, state=state, text=text or None, error=Failure.of(error)))
 
+    def _model_failed(self, model: str, error: ModelError) -> None:
+        """Let it rest, and tell when its breaker opens."""
+        if isinstance(error, BadRequest):
+            return  # the task is to blame
+        if isinstance(error, ModelMissing):
+            self._pool.catalogue.forget(model)
+        was_open = self._breakers.is_open(model)
+        rest_s = self._breakers.failed(model, self._clock.monotonic(), weight=_weight(error))
+        if self._breakers.is_open(model) and not was_open:
+            log.error("%s failed too often in a row: it rests for %.0f s", model, rest_s)
+            self._hooks.event("breaker_opened", "error", {"model": model, "rest_s": rest_s, "error": str(error)})
+
     def _try_again(self, stored: Stored, model: str, error: ModelError) -> bool:
         if stored.attempt >= self._rules.max_attempts:
             return False
-        may_fall_back = isinstance(error, ModelMissing) and model == stored.task.model
-        return error.retryable or (may_fall_back and bool(self._rules.fallbacks(model)))
+        if isinstance(error, DeadlineExceeded) and error.stage == "load":
+            return True
+        return error.retryable or self._stand_in(stored.task.model) != model
 
     def _end_unrun(self, stored: Stored, state: TaskState) -> None:
         waited_s = round(self._clock.monotonic() - stored.accepted_at, 6)
@@ -743,6 +798,13 @@ class _Stream:
         self._seq += 1
         self._send(self._address, {"seq": self._seq, "text": self._text})
         self._text, self._sent_at = "", time.monotonic()
+
+
+def _weight(error: ModelError) -> int:
+    """How much a failure speaks against the model that was to answer."""
+    if isinstance(error, OllamaBusy | OllamaDown | NoRoom):
+        return 0
+    return TRIPS_AFTER if isinstance(error, NoMemory | ModelBroken) else 1
 
 
 def _clean(text: str) -> str:
