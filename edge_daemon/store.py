@@ -168,7 +168,6 @@ class Store:
             known = replace(known, task=moved)
             self._db.execute("UPDATE tasks SET task = ? WHERE seq = ?", (moved.to_json(), known.seq))
         if known.result is not None:
-            self._marks["sent"].discard(known.seq)
             self._db.execute("UPDATE tasks SET sent = 0 WHERE seq = ?", (known.seq,))
         return Added(outcome="known", stored=known)
 

@@ -40,7 +40,7 @@ WRONG: dict[type, list[Any]] = {
     int: ["5", 5.5, True],
     float: ["5", True, []],
     bool: [1, "true"],
-    bytes: [5, "not base64!"],
+    bytes: [5, "not base64!", "aG!k="],
     dict: [[], "x", 5],
     tuple: ["ab", {"0": 1}, 5],
 }

@@ -686,6 +686,17 @@ def test_time_off_counts_when_the_clock_is_right(
     assert again.next_expiry() == clock.monotonic() + 100 - off_s
 
 
+def test_a_clock_that_was_set_back_gives_no_time(store: Store, stores: Stores, clock: FakeClock) -> None:
+    """Over a reboot to an earlier wall time, a task keeps the age that it is known to have."""
+    accept(store, "a", ttl_s=100, received_at=clock.wall())
+    clock.advance(30)
+    accept(store, "witness", ttl_s=1_000, received_at=clock.wall())
+    clock.reboot(off_s=-3_600)
+    again = stores.open()
+    assert expired_ids(again) == []
+    assert again.next_expiry() == clock.monotonic() + 70
+
+
 def test_time_off_does_not_count_before_the_clock_is_right(store: Store, stores: Stores, clock: FakeClock) -> None:
     """Over a reboot without a right clock a task keeps the time it had left, until the clock is set."""
     accept(store, "a", ttl_s=100, received_at=clock.wall())
@@ -1112,14 +1123,18 @@ def test_no_statement_reads_the_whole_table(store: Store, clock: FakeClock) -> N
     store._db.set_trace_callback(None)
     statements = {text for text in seen if text.startswith(("SELECT", "UPDATE", "DELETE")) and "learnt" not in text}
     assert len(statements) >= 20
+    plans = ""
     for text in statements:
         steps = [detail for *_, detail in store._db.execute(f"EXPLAIN QUERY PLAN {text}")]
+        plans += "\n".join(steps)
         for step in steps:
             partial_index = "SCAN tasks USING" in step and any(
                 name in step for name in ("tasks_open", "tasks_unsent", "tasks_unlogged")
             )
             assert partial_index or not step.startswith("SCAN tasks"), (text, step)
             assert "TEMP B-TREE" not in step, (text, step)
+    for index in ("tasks_by_key", "tasks_open", "tasks_unsent", "tasks_unlogged", "tasks_unacked", "tasks_finished"):
+        assert index in plans
 
 
 # -- damage
