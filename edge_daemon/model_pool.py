@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from edge_daemon.clock import Clock
-from edge_daemon.errors import ModelError, ModelMissing, ModelTooLarge, NoMemory, NoRoom, OllamaDown
+from edge_daemon.errors import ModelError, ModelMissing, ModelTooLarge, NoMemory, NoRoom
 from edge_daemon.estimates import Estimates
 from edge_daemon.messages import ModelState
 from edge_daemon.ollama import Interrupt, ModelDetails, Ollama, Running, normalise

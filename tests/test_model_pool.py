@@ -643,6 +643,14 @@ def test_nothing_is_loaded_whose_size_is_not_known(rig: Rig) -> None:
     assert rig.loads_asked("a") == 0
 
 
+def test_a_list_that_could_not_be_read_is_read_before_a_load(rig: Rig) -> None:
+    """An Ollama that is back costs no task an attempt, however short ago it did not answer."""
+    rig.fake.stop()
+    assert rig.pool.catalogue.has("a") is None
+    rig.fake.start()
+    assert rig.pool.ensure("a", reason="plan").load_s > 0
+
+
 def test_ollama_is_asked_in_its_own_spelling(rig: Rig) -> None:
     """A model whose name has capitals is named to Ollama as Ollama does."""
     rig.fake.models["Mixed:Q4"] = FakeModel("Mixed:Q4")
