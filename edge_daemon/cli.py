@@ -319,10 +319,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_run(commands: Any) -> None:
     parser = _command(commands, "run", _run, "serve tasks until told to stop")
-    _add_place(parser)
+    broker = parser.add_mutually_exclusive_group()
+    _add_place(parser, broker)
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="where the queue and the CSV log are")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="where the CSV log is")
-    parser.add_argument(
+    broker.add_argument(
         "--embedded",
         action="store_true",
         help="bring a broker (on loopback) and small models along; data then goes to ~/.local/state/edge-llm",
@@ -347,7 +348,8 @@ def _add_check_config(commands: Any) -> None:
 
 
 def _add_status(commands: Any) -> None:
-    _add_place(_command(commands, "status", _status, "show how a node is; exit status 0 if it is ready"))
+    parser = _command(commands, "status", _status, "show how a node is; exit status 0 if it is ready")
+    _add_place(parser, parser)
 
 
 def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int], summary: str) -> Any:
@@ -357,7 +359,8 @@ def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int],
     return parser
 
 
-def _add_place(parser: argparse.ArgumentParser) -> None:
+def _add_place(parser: Any, broker: Any) -> None:
+    """Which node, at which broker; ``broker`` is the group of arguments that the host belongs to."""
     parser.add_argument("--node", help="the node's name in all topics; default: this machine's")
-    parser.add_argument("--host", help="the broker")
+    broker.add_argument("--host", help="the broker")
     parser.add_argument("--port", type=int, help="the broker's port, or the one to open with --embedded")
