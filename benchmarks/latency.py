@@ -28,7 +28,7 @@ COMMITS = 3
 """How often a task has to be on the disk before the next step, between its coming and its answer."""
 
 
-def run(directory: Path, repetitions: int, *, tasks: int = 40, slow_tasks: int = 3) -> list[Line]:
+def run(directory: Path, repetitions: int, *, tasks: int = 40, slow_tasks: int = 2) -> list[Line]:
     """``tasks`` to a model that answers at once and ``slow_tasks`` to one that takes its time, per repetition."""
     models = ({"name": "quick", "answer": ANSWER}, {"name": "slow", "answer": ANSWER, "first_token_s": SLOW_S})
     sections = {"models": {"default": "quick"}}

@@ -129,6 +129,7 @@ def announced(command: Sequence[str], **options: Any) -> Iterator[tuple[subproce
         listener.bind("")  # the kernel gives it a name
         address = "@" + listener.getsockname()[1:].decode()
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "NOTIFY_SOCKET": address}
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)  # what is installed is compiled, and so are the peers
         began_at = time.perf_counter()
         with child(command, env=environment, **options) as process:
             _wait_for_ready(listener, process)

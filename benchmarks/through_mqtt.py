@@ -24,7 +24,7 @@ from benchmarks.table import Line, at_least, per_second
 BARE = "bare"
 
 
-def run(directory: Path, repetitions: int, *, tasks: int = 1000, windows: Sequence[int] = (20, 200)) -> list[Line]:
+def run(directory: Path, repetitions: int, *, tasks: int = 500, windows: Sequence[int] = (20, 200)) -> list[Line]:
     """``tasks`` per repetition, with as many in flight as brokers send by default, and with more."""
     lines = []
     for window in windows:
