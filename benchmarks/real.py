@@ -228,6 +228,7 @@ SYSTEMS: Mapping[str, Callable[[Path, Sequence[Job], int], Outcome]] = {
     "first in, first out": fifo,
     "all in parallel": parallel,
 }
+RESIDENT = (1, 2)
 AIMS = {"unload after every task": 0.5, "first in, first out": 0.7}
 BUDGET_BYTES = 600 << 20
 """Memory for one model of these, as it is expected to be before its first load."""
@@ -250,16 +251,18 @@ def _outcome(began_at: float, arrived_at: Mapping[str, float], ended_at: Mapping
 
 def run(directory: Path, repetitions: int, *, tasks: int = 60, rate_per_s: float | None = None) -> list[Line]:
     """All systems in turns, with memory for one model and for two."""
-    lines = []
-    for resident in (1, 2):
-        found: dict[str, list[Outcome]] = {name: [] for name in SYSTEMS}
-        for repetition in range(repetitions):
-            work = jobs(tasks, repetition, rate_per_s)
-            for name, system in SYSTEMS.items():
-                found[name].append(outcome := system(directory, work, resident))
-                print(f"  {resident} resident, {_shown(name, outcome)}", flush=True)
-        lines += _lines(found, tasks, resident, rate_per_s)
-    return lines
+    found: dict[tuple[int, str], list[Outcome]] = {(it, name): [] for it in RESIDENT for name in SYSTEMS}
+    for repetition in range(repetitions):
+        work = jobs(tasks, repetition, rate_per_s)
+        for resident, name in found:
+            outcome = SYSTEMS[name](directory, work, resident)
+            found[resident, name].append(outcome)
+            print(f"  memory for {resident}, {_shown(name, outcome)}", flush=True)
+    return [
+        line
+        for resident in RESIDENT
+        for line in _lines({name: found[resident, name] for name in SYSTEMS}, tasks, resident, rate_per_s)
+    ]
 
 
 def _shown(name: str, outcome: Outcome) -> str:
