@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 from tests.mosquitto import Mosquitto
+from tests.mqtt_client import MqttClient, Received
 from tests.waiting import wait_until
 
+NODE = "n"
+N = f"edge-llm/{NODE}"
 ROOT = Path(__file__).parent.parent
 SECTIONS: dict[str, dict[str, Any]] = {
     "models": {"default": "small"},
@@ -56,21 +59,18 @@ class DaemonProcess:
         directory: Path,
         broker: Listening,
         *,
-        node: str,
         ollama_url: str,
         port: int | None = None,
         env: Mapping[str, str] | None = None,
         **settings: Any,
     ) -> None:
         self.broker = broker
-        self.node = node
         self.data_dir = directory / "data"
-        self.topics = f"edge-llm/{node}"
         self._env = dict(env or {})
         self._directory = directory
         self._process: subprocess.Popen[bytes] | None = None
         address = {"host": broker.host, "port": port or broker.port}
-        outer = {"node": node, "data_dir": str(self.data_dir), "mqtt": address, "ollama": {"url": ollama_url}}
+        outer = {"node": NODE, "data_dir": str(self.data_dir), "mqtt": address, "ollama": {"url": ollama_url}}
         self._config.write_text(json.dumps(_laid_over(_laid_over(SECTIONS, outer), settings)), encoding="utf-8")
 
     def __enter__(self) -> Self:
@@ -113,11 +113,11 @@ class DaemonProcess:
 
     def subscriptions(self) -> int:
         """How often mosquitto has taken our subscriptions."""
-        return self._broker_log().count(f"Sending SUBACK to edge-llm-{self.node}\n")
+        return self._broker_log().count(f"Sending SUBACK to edge-llm-{NODE}\n")
 
     def connections(self) -> int:
         """How often mosquitto has seen us connect."""
-        return self._broker_log().count(f" as edge-llm-{self.node} (")
+        return self._broker_log().count(f" as edge-llm-{NODE} (")
 
     def is_alive(self) -> bool:
         """Whether the process still runs."""
@@ -186,6 +186,36 @@ class DaemonProcess:
     @property
     def _log(self) -> Path:
         return self._directory / "daemon.log"
+
+
+class Watcher(MqttClient):
+    """Hears everything of the node, and knows which messages belong to which sender."""
+
+    def __init__(self, broker: Listening, **options: Any) -> None:
+        super().__init__(broker.host, broker.port, **options)
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        self.subscribe(f"{N}/#")
+        self.subscribe("reply/#")
+        return self
+
+    def of(self, src: str, kind: str) -> list[Received]:
+        """What went to the reply topics of `src` so far."""
+        return [m for m in self.messages if m.topic.startswith(f"{N}/reply/{src}/") and m.topic.endswith(f"/{kind}")]
+
+    def result(self, src: str, task_id: str | None = None, timeout_s: float = 10.0) -> Any:
+        """The terminal result of a task of `src`, once it is there."""
+        end = f"/{task_id}/result" if task_id else "/result"
+        found = self.wait_for(lambda m: m.topic.startswith(f"{N}/reply/{src}/") and m.topic.endswith(end), timeout_s)
+        return found.json
+
+    def running(self, src: str, timeout_s: float = 10.0) -> None:
+        """Return once a task of `src` has begun to run, for at least a few words."""
+        self.wait_for(
+            lambda m: m.topic.startswith(f"{N}/reply/{src}/") and m.topic.endswith("/stream") and b"text" in m.payload,
+            timeout_s,
+        )
 
 
 def _parsed(text: str | None) -> Any:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import pytest
 
@@ -19,18 +19,16 @@ from edge_daemon.embedded import start_broker
 from edge_daemon.main import SILENCE_S, Daemon
 from tests import needs
 from tests.conftest import NewMosquitto
-from tests.daemon import DaemonProcess, Listening
+from tests.daemon import NODE, DaemonProcess, N, Watcher
 from tests.fake_ollama import FakeModel, FakeOllama
 from tests.fakes import FakeClock
 from tests.mosquitto import Mosquitto
-from tests.mqtt_client import V311, MqttClient, Received
+from tests.mqtt_client import V311
 from tests.relay import Relay
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.broker
 
-NODE = "n"
-N = f"edge-llm/{NODE}"
 VERSIONS = ["5", "3.1.1"]
 SMALL = 10**6
 SLOW_WORDS = 40
@@ -48,35 +46,6 @@ def model_server() -> FakeOllama:
         FakeModel("slow", size_bytes=SMALL, token_s=0.05, answer=words),
         FakeModel("slower", size_bytes=SMALL, token_s=0.5, answer=words),
     )
-
-
-class Watcher(MqttClient):
-    """Hears everything of the node, and knows which messages belong to which sender."""
-
-    def __init__(self, broker: Listening, **options: Any) -> None:
-        super().__init__(broker.host, broker.port, **options)
-
-    def __enter__(self) -> Self:
-        super().__enter__()
-        self.subscribe(f"{N}/#")
-        self.subscribe("reply/#")
-        return self
-
-    def of(self, src: str, kind: str) -> list[Received]:
-        """What went to the reply topics of `src` so far."""
-        return [m for m in self.messages if m.topic.startswith(f"{N}/reply/{src}/") and m.topic.endswith(f"/{kind}")]
-
-    def result(self, src: str, task_id: str | None = None, timeout_s: float = 10.0) -> Any:
-        """The terminal result of a task of `src`, once it is there."""
-        end = f"/{task_id}/result" if task_id else "/result"
-        found = self.wait_for(lambda m: m.topic.startswith(f"{N}/reply/{src}/") and m.topic.endswith(end), timeout_s)
-        return found.json
-
-    def running(self, src: str) -> None:
-        """Return once a task of `src` has begun to run, for at least a few words."""
-        self.wait_for(
-            lambda m: m.topic.startswith(f"{N}/reply/{src}/") and m.topic.endswith("/stream") and b"text" in m.payload
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +68,7 @@ def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     try:
         with (
             model_server() as ollama,
-            DaemonProcess(
-                directory, broker, node=NODE, ollama_url=ollama.url, mqtt={"protocol": request.param}
-            ) as daemon,
+            DaemonProcess(directory, broker, ollama_url=ollama.url, mqtt={"protocol": request.param}) as daemon,
             Watcher(broker) as client,
         ):
             yield Lab(protocol=request.param, broker=broker, ollama=ollama, daemon=daemon, client=client)
@@ -136,7 +103,7 @@ def new_daemon(tmp_path: Path, broker: Mosquitto, ollama: FakeOllama) -> Iterato
 
     def new(protocol: str = "auto", **settings: Any) -> DaemonProcess:
         settings["mqtt"] = {"protocol": protocol, **settings.get("mqtt", {})}
-        daemon = DaemonProcess(tmp_path, broker, node=NODE, ollama_url=ollama.url, **settings)
+        daemon = DaemonProcess(tmp_path, broker, ollama_url=ollama.url, **settings)
         daemons.append(daemon)
         return daemon
 
@@ -533,7 +500,7 @@ def test_killed_in_mid_generation(new_daemon: NewDaemon, broker: Mosquitto, olla
 def test_broker_stopped_while_a_task_runs(new_daemon: NewDaemon, broker: Mosquitto, protocol: str) -> None:
     """A task whose broker is away during its whole run is answered once the broker is back."""
     daemon = new_daemon(protocol)
-    with Watcher(broker) as client, daemon:
+    with Watcher(broker, client_id="watcher", session_s=600) as client, daemon:
         client.publish(f"{N}/task/door/0", {"prompt": "x", "model": "slow", "stream": True})
         client.publish(f"{N}/task/door/1", {"prompt": "y", "model": "slow"})
         client.running("door")
@@ -644,7 +611,7 @@ def test_a_broker_that_forgets(new_mosquitto: NewMosquitto, tmp_path: Path, olla
     broker = new_mosquitto()
     with (
         Watcher(broker) as client,
-        DaemonProcess(tmp_path, broker, node=NODE, ollama_url=ollama.url, mqtt={"protocol": protocol}) as daemon,
+        DaemonProcess(tmp_path, broker, ollama_url=ollama.url, mqtt={"protocol": protocol}) as daemon,
     ):
         before = daemon.subscriptions()
         broker.kill()
@@ -794,7 +761,7 @@ def test_a_broker_without_mqtt_5(tmp_path: Path, ollama: FakeOllama) -> None:
     """With amqtt, which speaks MQTT 3.1.1 only, the daemon falls back by itself, says so, and answers."""
     with (
         start_broker(0, tmp_path, kind="amqtt") as amqtt,
-        DaemonProcess(tmp_path, amqtt, node=NODE, ollama_url=ollama.url) as daemon,
+        DaemonProcess(tmp_path, amqtt, ollama_url=ollama.url) as daemon,
         Watcher(amqtt, version=V311) as client,
     ):
         client.wait_for(lambda m: m.topic == f"{N}/state" and m.json["state"] == "ready")
