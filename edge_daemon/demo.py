@@ -206,11 +206,12 @@ def _run(config: Config, models: Sequence[str], arguments: Sequence[str]) -> int
     print(f"Starting a daemon; what it says goes to {kept / 'daemon.log'}", flush=True)
     with tempfile.TemporaryDirectory(prefix="edge-llm-demo-", ignore_cleanup_errors=True) as data_dir:
         places = ["--node", config.node_name, "--data-dir", data_dir, "--csv", str(kept / "llm_metrics.csv")]
-        try:
-            with _Node([*arguments, *places], kept / "daemon.log") as node:
+        with _Node([*arguments, *places], kept / "daemon.log") as node:
+            try:
                 heard = _converse(config, models, node)
-        except (ConnectionError, TimeoutError) as error:
-            raise EdgeError(str(error)) from None
+            except (ConnectionError, TimeoutError) as error:
+                node.check()  # a daemon that ended took its broker along, and is the better explanation
+                raise EdgeError(str(error)) from None
     succeeded = _report(heard)
     print(f"Took {time.monotonic() - began:.1f} s from start to end. The log: {kept / 'llm_metrics.csv'}")
     return 0 if succeeded else 1
