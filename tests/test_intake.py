@@ -785,7 +785,7 @@ BESIDE = st.fixed_dictionaries(
         "redelivered": st.booleans(),
     },
 )
-QUICK = settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def answer_of(door: Door, payload: bytes, beside: dict[str, Any]) -> None:

@@ -175,7 +175,7 @@ A_TASK = Task(
     max_tokens=100,
     prompt_tokens=3,
 )
-NOT_CONTENT = {
+NOT_CONTENT: dict[str, Any] = {
     "id": "b",
     "src": "other",
     "ttl_s": 5.0,
@@ -185,7 +185,7 @@ NOT_CONTENT = {
     "model": "resolved-otherwise",
     "max_tokens": 5,
 }
-CONTENT = {
+CONTENT: dict[str, Any] = {
     "prompt": "why not?",
     "messages": (Message(role="user", content="hi"),),
     "system": None,

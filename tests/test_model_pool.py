@@ -313,6 +313,9 @@ def test_a_load_runs_beside(rig: Rig) -> None:
     rig.pool.refresh()
     assert rig.residency() == {"a": "loading"}
     assert ended.wait(5)
+    rig.pool.refresh()  # Ollama lists it already
+    assert rig.residency() == {"a": "loading"}
+    assert len(rig.pool.resident()) == 1
     ensured = rig.pool.settle()
     assert ensured is not None
     assert ensured.load_s >= 0.2

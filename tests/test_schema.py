@@ -109,7 +109,7 @@ def _objects(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 GOOD_SCHEMAS: st.SearchStrategy[Any] = st.recursive(st.booleans() | st.just({}), _objects, max_leaves=6)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(value=JSON, its_schema=GOOD_SCHEMAS)
 @example(value=[True], its_schema={"const": [1]})
 @example(value={"a": 1.0}, its_schema={"enum": [{"a": 1}]})
@@ -119,7 +119,7 @@ def test_any_schema_agrees_with_the_reference(value: Any, its_schema: Any) -> No
     assert (problem(value, its_schema) is None) == judged_valid(value, its_schema)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
     value=JSON,
     its_schema=st.recursive(

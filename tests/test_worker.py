@@ -471,6 +471,21 @@ def test_cancel_and_end_race(rig: Rig) -> None:
         assert rig.stored(finished.result.id).result == finished.result
 
 
+def test_an_end_that_came_first_is_the_only_one(rig: Rig) -> None:
+    """When a task has been ended elsewhere while it ran, its own end is neither stored nor told."""
+    rig.fake["a"].first_token_s = 0.3
+    rig.start()
+    rig.submit("t", "next")
+    rig.until_generating()
+    assert rig.store is not None
+    stored = rig.stored("t")
+    first = Result(id="t", src="dev", seq=9, state=TaskState.CANCELLED, ts="2026-01-01T00:00:00.000Z")
+    assert rig.store.finish(stored.seq, first)
+    rig.result("next")
+    assert rig.stored("t").result == first
+    assert rig.told("t") == []
+
+
 # -- expiry
 
 
