@@ -30,6 +30,7 @@ START_S = 60.0
 STOP_S = 30.0
 SILENCE_S = 300.0
 """Without a new answer for so long the demo gives up."""
+GRACE_S = 2.0
 LOOK_S = 0.25
 LINE_S = 1.0
 """Between two lines of progress where they cannot be overwritten."""
@@ -210,7 +211,7 @@ def _run(config: Config, models: Sequence[str], arguments: Sequence[str]) -> int
             try:
                 heard = _converse(config, models, node)
             except (ConnectionError, TimeoutError) as error:
-                node.check()  # a daemon that ended took its broker along, and is the better explanation
+                node.check(GRACE_S)  # a daemon that ends takes its broker along, and is the better explanation
                 raise EdgeError(str(error)) from None
     succeeded = _report(heard)
     print(f"Took {time.monotonic() - began:.1f} s from start to end. The log: {kept / 'llm_metrics.csv'}")
@@ -317,9 +318,11 @@ class _Node:
             self._process.kill()
             self._process.wait()
 
-    def check(self) -> None:
-        """Raises EdgeError when the daemon has ended by itself."""
-        if self._process.poll() is not None:
+    def check(self, wait_s: float = 0.0) -> None:
+        """Raises EdgeError when the daemon has ended by itself, or does so within ``wait_s`` seconds."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(wait_s)
+        if self._process.returncode is not None:
             last = self._log_path.read_text(encoding="utf-8", errors="replace").rpartition("\n")[0].rpartition("\n")[2]
             raise EdgeError(f"the daemon ended with status {self._process.returncode}: {last}")
 
