@@ -254,9 +254,9 @@ def run(directory: Path, repetitions: int, *, tasks: int = 60, rate_per_s: float
     found: dict[tuple[int, str], list[Outcome]] = {(it, name): [] for it in RESIDENT for name in SYSTEMS}
     for repetition in range(repetitions):
         work = jobs(tasks, repetition, rate_per_s)
-        for resident, name in found:
+        for (resident, name), outcomes in found.items():
             outcome = SYSTEMS[name](directory, work, resident)
-            found[resident, name].append(outcome)
+            outcomes.append(outcome)
             print(f"  memory for {resident}, {_shown(name, outcome)}", flush=True)
     return [
         line

@@ -60,19 +60,24 @@ class Found:
 
 
 def run(directory: Path, repetitions: int) -> list[Line]:
-    """So many urgent tasks on an idle and on a busy daemon, in turns; a fifth as many to a model out of memory."""
+    """So many tries with the model resident, and a fifth as many with it out of memory."""
+    return _lines(measure(directory, warm=repetitions, cold=max(2, repetitions // 5)))
+
+
+def measure(directory: Path, *, warm: int, cold: int, tokens: int = LONG_TOKENS) -> Found:
+    """``warm`` tries with the model of the urgent task resident, ``cold`` ones with it out of memory."""
     with (
         rig.broker(directory) as port,
         start_ollama(directory, aliases=[f"{OTHER}={MODEL}"], max_loaded=2) as server,
         rig.daemon(directory, _sections(), port=port, ollama_url=server.url),
         TimedClient(port) as client,
     ):
-        bench = _Bench(client)
-        for number in range(repetitions):
+        bench = _Bench(client, tokens)
+        for number in range(warm):
             bench.warm_try(STORIES[number % len(STORIES)])
-        for number in range(max(2, repetitions // 5)):
+        for number in range(cold):
             bench.cold_try(STORIES[number % len(STORIES)])
-    return _lines(bench.found)
+    return bench.found
 
 
 def _sections() -> dict[str, Any]:
@@ -87,8 +92,9 @@ def _sections() -> dict[str, Any]:
 class _Bench:
     """The client's side."""
 
-    def __init__(self, client: TimedClient) -> None:
+    def __init__(self, client: TimedClient, tokens: int) -> None:
         self.found = Found()
+        self._tokens = tokens
         self._client = client
         self._random = random.Random(1)
         self._number = 0
@@ -100,21 +106,21 @@ class _Bench:
             self._whole[story] = self._result(self._long(story))
         self.found.idle_s.append(self._first_word_s(self._urgent(MODEL)))
         interrupted = self._long(story)
-        self._await_words(interrupted, self._random.randrange(20, LONG_TOKENS - 60))
+        self._await_words(interrupted, self._random.randrange(20, self._tokens - 60))
         self.found.busy_s.append(self._first_word_s(self._urgent(MODEL)))
         self._compare(self._whole[story], self._result(interrupted))
 
     def cold_try(self, story: str) -> None:
         """Busy with another model than the urgent task asks for."""
         interrupted = self._long(story)
-        self._await_words(interrupted, self._random.randrange(20, LONG_TOKENS - 60))
+        self._await_words(interrupted, self._random.randrange(20, self._tokens - 60))
         urgent = self._urgent(OTHER)
         self.found.cold_s.append(self._first_word_s(urgent))
         self.found.loads_s.append(self._result(urgent)["load_s"])
         self._result(interrupted)
 
     def _long(self, story: str) -> _Sent:
-        return self._send({"prompt": story, "options": {"temperature": 0, "num_predict": LONG_TOKENS}})
+        return self._send({"prompt": story, "options": {"temperature": 0, "num_predict": self._tokens}})
 
     def _urgent(self, model: str) -> _Sent:
         numbers = {key: self._random.randrange(100, 1000) for key in "abcdef"}
