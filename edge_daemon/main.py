@@ -443,6 +443,7 @@ class Daemon:
 
     def _on_ollama(self, up: bool) -> None:  # noqa: FBT001
         self._ollama_up = up
+        self._set_state()
         self._event("ollama_up" if up else "ollama_down", severity="info" if up else "warning")
 
     def _on_model_change(self, change: Change) -> None:

@@ -31,14 +31,14 @@ pytestmark = pytest.mark.broker
 
 VERSIONS = ["5", "3.1.1"]
 SMALL = 10**6
-SLOW_WORDS = 40
+SLOW_WORDS = 30
 TERMINAL = {"succeeded", "failed", "timed_out", "cancelled", "expired", "rejected"}
 
 NewDaemon = Callable[..., DaemonProcess]
 
 
 def model_server() -> FakeOllama:
-    """Models that answer at once, in two seconds, and in twenty."""
+    """Models that answer at once, in a second and a half, and in fifteen."""
     words = " ".join(f"word{n}" for n in range(SLOW_WORDS))
     return FakeOllama(
         FakeModel("small", size_bytes=SMALL),
@@ -204,7 +204,7 @@ def test_a_stream(lab: Lab, src: str) -> None:
     chunks = [m.json for m in lab.client.of(src, "stream")]
     assert "".join(chunk.get("text", "") for chunk in chunks) == result["text"]
     assert [chunk["seq"] for chunk in chunks] == list(range(1, len(chunks) + 1))
-    assert len(chunks) >= 4
+    assert len(chunks) >= 3
     assert chunks[-1].get("done")
 
 
@@ -537,8 +537,8 @@ def test_killed_before_the_acknowledgement(
         daemon = new_daemon(protocol, port=relay.port)
         with daemon:
             relay.hold_outgoing()
-            client.publish(f"{N}/task/door", {"prompt": "no id", "model": "slow"})
-            client.publish(f"{N}/task/door/own", {"prompt": "own id", "model": "slow"})
+            client.publish(f"{N}/task/door", {"prompt": "no id"})
+            client.publish(f"{N}/task/door/own", {"prompt": "own id"})
             wait_until(lambda: asked(ollama, "no id"))
             daemon.kill()
             relay.cut()
