@@ -446,7 +446,7 @@ class Worker(threading.Thread):
             self._fresh[ensured.model] = ensured
 
     def _load_failed(self, model: str, error: ModelError) -> None:
-        """A failed load counts as an attempt of the task that it was for."""
+        """A failed load counts as an attempt of the task that it was for, unless another model answers for it now."""
         log.warning("could not load %s: %s", model, error)
         self._look_again()
         ordered, self._ordered = self._ordered, None
@@ -457,10 +457,11 @@ class Worker(threading.Thread):
             if ordered:
                 self._load(ordered.decision)
             return
-        running = self._claim(ordered.decision) if ordered else None
-        if running is None:
-            self._model_failed(model, error)
-        elif not self._is_poison(running):
+        self._model_failed(model, error)
+        if ordered is None or self._stand_in(model) != model:
+            return  # no task has lost anything by it
+        running = self._claim(ordered.decision)
+        if running is not None and not self._is_poison(running):
             running.ensured = None
             self._conclude(running, self._failed(running, error))
 
@@ -487,6 +488,8 @@ class Worker(threading.Thread):
         except Interrupted as error:
             finished = self._interrupted(running, error)
         except ModelError as error:
+            self._look_again()
+            self._model_failed(decision.model, error)
             finished = self._failed(running, error)
         self._advance(decision, began_at=running.began_at)
         self._conclude(running, finished)
@@ -666,8 +669,6 @@ class Worker(threading.Thread):
     def _failed(self, running: _Running, error: ModelError) -> Finished | None:
         """Try again later, or end it."""
         stored, model = running.stored, running.decision.model
-        self._look_again()
-        self._model_failed(model, error)
         if self._try_again(stored, model, error):
             attempts = f"attempt {stored.attempt} of {self._rules.max_attempts}"
             log.warning("task %s/%s on %s: %s; %s", *stored.task.key, model, error, attempts)

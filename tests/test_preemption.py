@@ -226,6 +226,7 @@ def test_a_stream_takes_back_white_space() -> None:
     assert "".join(sent) == "One.\nTwo\n"
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.broker
 @pytest.mark.models
 def test_real_answers_are_continued(tmp_path: Path) -> None:
@@ -234,6 +235,6 @@ def test_real_answers_are_continued(tmp_path: Path) -> None:
     if not os.environ.get("CI") and not all(map(importlib.util.find_spec, packages)):
         pytest.skip(f"the real models need the packages {packages}: make venv")
     needs.tool("mosquitto", package="mosquitto")
-    found = urgent.measure(tmp_path, warm=3, cold=1, tokens=120)
+    found = urgent.measure(tmp_path, warm=3, cold=0, tokens=100)
     assert max(found.token_shares) <= 1.05
     assert sum(found.equal) >= 2, "one of three may meet words that are equally likely"
