@@ -4,7 +4,8 @@ Each task that was taken is replaced by its like, so that the queues keep their 
 """
 
 import itertools
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
@@ -37,14 +38,10 @@ def run(
     with ExitStack() as opened:
         queues = [_Queue(opened.enter_context(open_store(directory / f"{size}.db")), size) for size in sizes]
         huey = _Huey(opened.enter_context(open_huey(directory / "huey.db")), sizes[-1])
-        decide: list[list[float]] = [[] for _ in sizes]
-        cycle: list[list[float]] = [[] for _ in sizes]
-        dequeue: list[float] = []
-        for _ in range(repetitions):
-            for index, queue in enumerate(queues):
-                decide[index].append(_median_s(queue.decide, picks))
-                cycle[index].append(_median_s(queue.cycle, picks))
-            dequeue.append(_median_s(huey.dequeue, picks))
+        steps = [*(queue.decide for queue in queues), *(queue.cycle for queue in queues), huey.dequeue]
+        medians = [_medians_s(steps, picks) for _ in range(repetitions)]
+    columns = [list(column) for column in zip(*medians, strict=True)]
+    decide, cycle, dequeue = columns[: len(sizes)], columns[len(sizes) : -1], columns[-1]
     few = f"the same with {sizes[0]} tasks waiting"
     lines = []
     for index, size in list(enumerate(sizes))[1:]:
@@ -70,8 +67,14 @@ def _line(
     )
 
 
-def _median_s(timed: Callable[[], float], times: int) -> float:
-    return median(timed() for _ in range(times))
+def _medians_s(steps: Sequence[Callable[[], float]], picks: int) -> list[float]:
+    """Of each step, when all take turns, in another order each time: what comes before matters to caches."""
+    orders = random.Random(0)
+    times: list[list[float]] = [[] for _ in steps]
+    for _ in range(picks):
+        for index in orders.sample(range(len(steps)), len(steps)):
+            times[index].append(steps[index]())
+    return [median(those) for those in times]
 
 
 class _Queue:
