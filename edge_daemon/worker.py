@@ -9,8 +9,9 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from edge_daemon import schema
 from edge_daemon.breaker import TRIPS_AFTER, Breakers
@@ -25,6 +26,7 @@ from edge_daemon.errors import (
     NoRoom,
     OllamaBusy,
     OllamaDown,
+    StorageFull,
 )
 from edge_daemon.estimates import Estimates
 from edge_daemon.messages import (
@@ -60,12 +62,16 @@ from edge_daemon.telemetry import TaskMeter, TaskUsage
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 BEAT_S = 15.0
 """The longest that the loop waits for something to happen."""
 LOOK_S = 1.0
 """How old the knowledge of what is resident may be when a decision is made."""
 CHUNK_S = 0.25
 """Streamed text is sent about four times a second."""
+FULL_DISK_PAUSE_S = 5.0
+"""So often it is tried whether a full disk has room again."""
 LONGEST_PAUSE_S = 30.0
 """Ollama is asked again at least this often while it does not answer."""
 
@@ -223,7 +229,8 @@ class Worker(threading.Thread):
         found = [self._store.find(src, task_id)] if src is not None else self._store.find_open(task_id)
         for stored in found:
             if stored is not None and stored.result is None:
-                self._cancel(stored)
+                with suppress(StorageFull):  # it goes on, as if nobody had asked
+                    self._cancel(stored)
 
     def _cancel(self, stored: Stored) -> None:
         with self._lock:
@@ -235,7 +242,7 @@ class Worker(threading.Thread):
 
     def expire(self) -> None:
         """End the waiting tasks whose time to live has passed; any thread may ask, also while another task runs."""
-        with self._lock:
+        with self._lock, suppress(StorageFull):  # they are found again
             for stored in self._store.expired():
                 self._end_unrun(stored, TaskState.EXPIRED)
 
@@ -272,7 +279,11 @@ class Worker(threading.Thread):
             while not self._stopping.is_set():
                 self.beat()
                 self._awake.clear()
-                pause_s = self._step()
+                try:
+                    pause_s = self._step()
+                except StorageFull as error:
+                    log.error("no task can be begun: %s", error)  # noqa: TRY400
+                    pause_s = FULL_DISK_PAUSE_S
                 if pause_s > 0:
                     self._awake.wait(min(pause_s, BEAT_S))
         except Exception:
@@ -633,7 +644,7 @@ class Worker(threading.Thread):
         partial, tokens = self._kept(running, error)
         if stored.seq in self._streams:
             self._streams[stored.seq].take_back()
-        waiting = self._store.put_aside(stored.seq, partial=partial, partial_tokens=tokens)
+        waiting = self._stored(lambda: self._store.put_aside(stored.seq, partial=partial, partial_tokens=tokens))
         log.info("task %s/%s put aside (%s) after %d tokens", *stored.task.key, error.reason, tokens)
         self._hooks.event("task_put_aside", "info", self._put_aside_data(running, error, tokens))
         if waiting:
@@ -672,7 +683,7 @@ class Worker(threading.Thread):
         if self._try_again(stored, model, error):
             attempts = f"attempt {stored.attempt} of {self._rules.max_attempts}"
             log.warning("task %s/%s on %s: %s; %s", *stored.task.key, model, error, attempts)
-            if waiting := self._store.release(stored.seq):
+            if waiting := self._stored(lambda: self._store.release(stored.seq)):
                 self._tell(waiting, TaskState.QUEUED)
             return None
         state = TaskState.TIMED_OUT if isinstance(error, DeadlineExceeded) else TaskState.FAILED
@@ -706,8 +717,20 @@ class Worker(threading.Thread):
     def _end(self, finished: Finished) -> None:
         if stream := self._streams.pop(finished.stored.seq, None):
             stream.close()
-        if self._store.finish(finished.stored.seq, finished.result):
+        if self._stored(lambda: self._store.finish(finished.stored.seq, finished.result)):
             self._hooks.finished(finished)
+
+    def _stored(self, change: Callable[[], T]) -> T:
+        """What ``change`` in the store returns. On a full disk the worker waits for room, to lose nothing of a run."""
+        while True:
+            try:
+                return change()
+            except StorageFull as error:
+                if threading.current_thread() is not self or self._stopping.is_set():
+                    raise
+                log.error("waiting for room to keep a result: %s", error)  # noqa: TRY400
+            self._stopping.wait(FULL_DISK_PAUSE_S)
+            self.beat()
 
     def _finished(self, running: _Running, result: Result, answer: Answer | None = None) -> Finished:
         return Finished(

@@ -987,3 +987,29 @@ def test_some_tasks_are_not_interrupted(rig: Rig) -> None:
     rig.result("urgent")
     assert rig.order() == ["firm", "urgent"]
     assert rig.result("firm").preempted == 0
+
+
+def test_a_full_disk_costs_no_result(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A result that finds no room on the disk waits for it, and what comes after it is run as ever."""
+    monkeypatch.setattr("edge_daemon.worker.FULL_DISK_PAUSE_S", 0.02)
+    rig.fake["a"].answer = "x" * 60_000
+    rig.start()
+    assert rig.store is not None
+    room: list[int] = []
+
+    def fill(status: Status) -> None:
+        if status.state is TaskState.RUNNING and not room and rig.store is not None:
+            room.extend(rig.store._db.execute("PRAGMA page_count").fetchone())
+            rig.store._db.execute(f"PRAGMA max_page_count = {room[0]}")
+
+    rig.on_status = fill
+    rig.submit("first")
+    wait_until(lambda: room and rig.fake.asked("/api/chat"))
+    wait_until(lambda: rig.worker is not None and rig.worker.beats > 20)
+    assert not rig.finished
+    rig.store._db.execute("PRAGMA max_page_count = 1000000")
+    wait_until(lambda: rig.finished)
+    rig.submit("second")
+    wait_until(lambda: len(rig.finished) == 2)
+    assert [finished.result.state for finished in rig.finished] == [TaskState.SUCCEEDED] * 2
+    assert rig.stored("first").attempt == 1
