@@ -38,13 +38,13 @@ NewDaemon = Callable[..., DaemonProcess]
 
 
 def model_server() -> FakeOllama:
-    """Models that answer at once, in a second and a half, and in fifteen."""
+    """Models that answer at once, in a second and a half, and in nine, unless they are told to hurry."""
     words = " ".join(f"word{n}" for n in range(SLOW_WORDS))
     return FakeOllama(
         FakeModel("small", size_bytes=SMALL),
         FakeModel("smollm2:135m", size_bytes=SMALL, answer="4"),
         FakeModel("slow", size_bytes=SMALL, token_s=0.05, answer=words),
-        FakeModel("slower", size_bytes=SMALL, token_s=0.5, answer=words),
+        FakeModel("slower", size_bytes=SMALL, token_s=0.3, answer=words),
     )
 
 
@@ -477,9 +477,11 @@ def test_killed_in_mid_generation(new_daemon: NewDaemon, broker: Mosquitto, olla
     """A task whose daemon is killed while it runs is run again after the start and ends once, at the second attempt."""
     daemon = new_daemon(protocol)
     with Watcher(broker) as client, daemon:
-        client.publish(f"{N}/task/door/1", {"prompt": "x", "model": "slow", "stream": True})
+        client.publish(f"{N}/task/door/1", {"prompt": "x", "model": "slower", "stream": True})
         client.running("door")
-        daemon.restart()
+        daemon.kill()
+        ollama["slower"].token_s = 0.0
+        daemon.start()
         result = client.result("door", "1")
         client.publish(f"{N}/task/door/2", "next")
         client.result("door", "2")
@@ -497,14 +499,17 @@ def test_killed_in_mid_generation(new_daemon: NewDaemon, broker: Mosquitto, olla
     assert [row["task_id"] for row in daemon.rows("task")] == ["1", "2"]
 
 
-def test_broker_stopped_while_a_task_runs(new_daemon: NewDaemon, broker: Mosquitto, protocol: str) -> None:
+def test_broker_stopped_while_a_task_runs(
+    new_daemon: NewDaemon, broker: Mosquitto, ollama: FakeOllama, protocol: str
+) -> None:
     """A task whose broker is away during its whole run is answered once the broker is back."""
     daemon = new_daemon(protocol)
     with Watcher(broker, client_id="watcher", session_s=600) as client, daemon:
-        client.publish(f"{N}/task/door/0", {"prompt": "x", "model": "slow", "stream": True})
-        client.publish(f"{N}/task/door/1", {"prompt": "y", "model": "slow"})
+        client.publish(f"{N}/task/door/0", {"prompt": "x", "model": "slower", "stream": True})
+        client.publish(f"{N}/task/door/1", {"prompt": "y", "model": "slower"})
         client.running("door")
         broker.stop()
+        ollama["slower"].token_s = 0.0
         wait_until(lambda: [row["task_id"] for row in daemon.rows("task")] == ["0", "1"], timeout_s=15)
         broker.start()
         result = client.result("door", "1", timeout_s=20)
@@ -517,10 +522,11 @@ def test_ollama_killed_in_mid_generation(new_daemon: NewDaemon, broker: Mosquitt
     """A task whose Ollama is killed while it runs is finished when Ollama is back, with one terminal result."""
     daemon = new_daemon()
     with Watcher(broker) as client, daemon:
-        client.publish(f"{N}/task/door/1", {"prompt": "x", "model": "slow", "stream": True})
+        client.publish(f"{N}/task/door/1", {"prompt": "x", "model": "slower", "stream": True})
         client.running("door")
         ollama.stop()
         client.wait_for(lambda m: m.topic == f"{N}/state" and m.json["state"] == "degraded")
+        ollama["slower"].token_s = 0.0
         ollama.start()
         result = client.result("door", "1", timeout_s=30)
         assert daemon.stop() == 0
@@ -566,14 +572,11 @@ def test_killed_around_the_publication(
         daemon = new_daemon(protocol, port=relay.port)
         with daemon:
             client.publish(f"{N}/task/door/1", "the question")
-            if reached:
-                relay.hold_incoming()  # what comes in now is on its way already
-            client.publish(f"{N}/task/door/2", {"prompt": "x", "model": "slow", "stream": True})
-            if reached:
-                relay.release()
+            client.publish(f"{N}/task/door/2", {"prompt": "x", "model": "slower", "stream": True})
             client.result("door", "1")
             client.running("door")
             (relay.hold_incoming if reached else relay.hold_outgoing)()
+            ollama["slower"].token_s = 0.0
             wait_until(lambda: len(daemon.rows("task")) == 2)
             if reached:
                 client.result("door", "2")
@@ -586,7 +589,7 @@ def test_killed_around_the_publication(
     results = [m.json for m in client.of("door", "result") if m.json["id"] == "2"]
     assert len(results) == 1 + reached
     assert all(result == results[0] for result in results)
-    assert len(ollama.asked("/api/chat", model="slow")) == 1
+    assert len(ollama.asked("/api/chat", model="slower")) == 1
     assert Counter(row["task_id"] for row in daemon.rows("task")) == {"1": 1, "2": 1}
 
 
@@ -684,16 +687,17 @@ def test_a_stop_when_idle(new_daemon: NewDaemon, broker: Mosquitto, protocol: st
     assert [row["status"] for row in daemon.rows("model")] == ["loaded", "unloaded"]
 
 
-def test_a_stop_lets_a_task_finish(new_daemon: NewDaemon, broker: Mosquitto) -> None:
+def test_a_stop_lets_a_task_finish(new_daemon: NewDaemon, broker: Mosquitto, ollama: FakeOllama) -> None:
     """SIGTERM in mid-generation: the task is finished and answered; those that wait and come are answered later."""
     daemon = new_daemon()
     with Watcher(broker) as client, daemon:
-        client.publish(f"{N}/task/door/1", {"prompt": "x", "model": "slow", "stream": True})
-        client.publish(f"{N}/task/door/2", {"prompt": "y", "model": "slow"})
+        client.publish(f"{N}/task/door/1", {"prompt": "x", "model": "slower", "stream": True})
+        client.publish(f"{N}/task/door/2", {"prompt": "y", "model": "slower"})
         client.running("door")
         daemon.signal(signal.SIGTERM)
         client.wait_for(lambda m: m.topic == f"{N}/state" and m.json["state"] == "draining")
         client.publish(f"{N}/task/door/3", "meanwhile")
+        ollama["slower"].token_s = 0.0
         assert daemon.wait() == 0
         assert client.result("door", "1")["state"] == "succeeded"
         assert [(row.id, row.state) for row in daemon.stored()] == [("1", "succeeded"), ("2", "queued")]
@@ -703,11 +707,13 @@ def test_a_stop_lets_a_task_finish(new_daemon: NewDaemon, broker: Mosquitto) -> 
 
 
 @pytest.mark.parametrize("hurried", [False, True], ids=["the time is up", "a second signal"])
-def test_a_stop_sets_a_task_back(new_daemon: NewDaemon, broker: Mosquitto, *, hurried: bool) -> None:
+def test_a_stop_sets_a_task_back(
+    new_daemon: NewDaemon, broker: Mosquitto, ollama: FakeOllama, *, hurried: bool
+) -> None:
     """A task that does not end in time, or not before a second SIGTERM, waits for the next start; no attempt counts."""
     daemon = new_daemon(drain_timeout_s=20 if hurried else 0.2)
     with Watcher(broker) as client, daemon:
-        client.publish(f"{N}/task/door/1", {"prompt": "x", "model": "slow", "stream": True})
+        client.publish(f"{N}/task/door/1", {"prompt": "x", "model": "slower", "stream": True})
         client.running("door")
         began = time.monotonic()
         daemon.signal(signal.SIGTERM)
@@ -715,9 +721,10 @@ def test_a_stop_sets_a_task_back(new_daemon: NewDaemon, broker: Mosquitto, *, hu
             client.wait_for(lambda m: m.topic == f"{N}/state" and m.json["state"] == "draining")
             daemon.signal(signal.SIGTERM)
         assert daemon.wait() == 0
-        assert time.monotonic() - began < 1.5
+        assert time.monotonic() - began < 4
         assert client.of("door", "result") == []
         assert [(row.state, row.attempt) for row in daemon.stored()] == [("queued", 0)]
+        ollama["slower"].token_s = 0.0
         daemon.start()
         result = client.result("door", "1")
     assert (result["state"], result["attempt"]) == ("succeeded", 1)
