@@ -228,7 +228,6 @@ SYSTEMS: Mapping[str, Callable[[Path, Sequence[Job], int], Outcome]] = {
     "first in, first out": fifo,
     "all in parallel": parallel,
 }
-RESIDENT = (1, 2)
 AIMS = {"unload after every task": 0.5, "first in, first out": 0.7}
 BUDGET_BYTES = 600 << 20
 """Memory for one model of these, as it is expected to be before its first load."""
@@ -249,18 +248,26 @@ def _outcome(began_at: float, arrived_at: Mapping[str, float], ended_at: Mapping
     return Outcome(makespan_s=max(ended_at.values()) - began_at, waits_s=waits_s, loads=loads)
 
 
-def run(directory: Path, repetitions: int, *, tasks: int = 60, rate_per_s: float | None = None) -> list[Line]:
-    """All systems in turns, with memory for one model and for two."""
-    found: dict[tuple[int, str], list[Outcome]] = {(it, name): [] for it in RESIDENT for name in SYSTEMS}
+def run(
+    directory: Path,
+    repetitions: int,
+    *,
+    tasks: int = 60,
+    rate_per_s: float | None = None,
+    memory_for: Sequence[int] = (1, 2),
+    seed: int = 0,
+) -> list[Line]:
+    """All systems in turns, with memory for so many models."""
+    found: dict[tuple[int, str], list[Outcome]] = {(it, name): [] for it in memory_for for name in SYSTEMS}
     for repetition in range(repetitions):
-        work = jobs(tasks, repetition, rate_per_s)
+        work = jobs(tasks, seed + repetition, rate_per_s)
         for (resident, name), outcomes in found.items():
             outcome = SYSTEMS[name](directory, work, resident)
             outcomes.append(outcome)
             print(f"  memory for {resident}, {_shown(name, outcome)}", flush=True)
     return [
         line
-        for resident in RESIDENT
+        for resident in memory_for
         for line in _lines({name: found[resident, name] for name in SYSTEMS}, tasks, resident, rate_per_s)
     ]
 
@@ -317,10 +324,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tasks", type=int, default=60)
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--rate", type=float, help="tasks a second; all at once when not given")
+    parser.add_argument("--memory-for", type=int, nargs="+", default=[1, 2], metavar="MODELS")
+    parser.add_argument("--seed", type=int, default=0, help="of the first repetition's tasks")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix=".bench-", dir=Path.cwd()) as directory:
-        for line in run(Path(directory), options.repetitions, tasks=options.tasks, rate_per_s=options.rate):
-            print(line)
+        lines = run(
+            Path(directory),
+            options.repetitions,
+            tasks=options.tasks,
+            rate_per_s=options.rate,
+            memory_for=options.memory_for,
+            seed=options.seed,
+        )
+    print(*lines, sep="\n")
 
 
 if __name__ == "__main__":

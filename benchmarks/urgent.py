@@ -158,24 +158,23 @@ class _Bench:
 
 
 def _lines(found: Found) -> list[Line]:
-    load_s = median(found.loads_s)
     tries = len(found.busy_s)
     return [
         Line(
             name="urgent while a long answer is written",
             work=f"published to first word, {tries} fresh prompts of 50 tokens or more, model resident",
             against="the same on an idle daemon",
-            ours=[median(found.busy_s)],
-            theirs=[median(found.idle_s)],
+            ours=found.busy_s,
+            theirs=found.idle_s,
             show=milliseconds,
             aim=at_most(2.0),
         ),
         Line(
             name="urgent, its model not resident",
-            work=f"the same with another model at work, median of {len(found.cold_s)}",
+            work="the same with another model at work, which has to leave memory",
             against="its load, and the first word on an idle daemon with the model resident",
-            ours=[median(found.cold_s)],
-            theirs=[load_s + median(found.idle_s)],
+            ours=found.cold_s,
+            theirs=[load_s + median(found.idle_s) for load_s in found.loads_s],
             show=milliseconds,
             aim=at_most(1.0),
         ),
@@ -183,8 +182,8 @@ def _lines(found: Found) -> list[Line]:
             name="tokens generated for the interrupted task",
             work=f"at {tries} random places, those thrown away included",
             against="the same answer left alone",
-            ours=[max(found.token_shares)],
-            theirs=[1.0],
+            ours=found.token_shares,
+            theirs=[1.0] * tries,
             show=lambda share: f"{share:.3f}",
             aim=at_most(1.05),
         ),

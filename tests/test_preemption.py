@@ -1,4 +1,4 @@
-"""Urgent tasks: what they interrupt, what becomes of that, and what they leave alone."""
+"""Urgent tasks: what they interrupt, what becomes of that, and what they leave alone. And tasks that are cancelled."""
 
 import importlib.util
 import os
@@ -14,7 +14,7 @@ from edge_daemon.ollama import Interrupted
 from edge_daemon.scheduler import Decision
 from edge_daemon.worker import _Running, _Stream
 from tests import needs
-from tests.fake_ollama import FakeModel, FakeOllama
+from tests.fake_ollama import FakeModel, FakeOllama, Fault
 from tests.test_worker import MB, Rig
 from tests.waiting import wait_until
 
@@ -238,3 +238,51 @@ def test_real_answers_are_continued(tmp_path: Path) -> None:
     found = urgent.measure(tmp_path, warm=3, cold=0, tokens=100)
     assert max(found.token_shares) <= 1.05
     assert sum(found.equal) >= 2, "one of three may meet words that are equally likely"
+
+
+# -- cancelled
+
+
+@pytest.mark.parametrize("fault", [Fault.HANG_HEADERS, Fault.HANG_FIRST])
+def test_cancelled_while_the_prompt_is_read(rig: Rig, fault: Fault) -> None:
+    """It ends before its first word, the model server is hung up on, and the next task is run."""
+    rig.fake["a"].fault = fault
+    rig.start()
+    rig.submit("long")
+    rig.until_generating()
+    assert rig.worker is not None
+    rig.worker.cancel("dev", "long")
+    result = rig.result("long")
+    assert (result.state, result.text) == (TaskState.CANCELLED, None)
+    wait_until(lambda: rig.chats()[0].aborted)
+    rig.fake["a"].fault = Fault.NONE
+    rig.submit("next", max_tokens=2)
+    assert rig.result("next").text == "w0 w1"
+
+
+def test_cancelled_after_a_word(rig: Rig) -> None:
+    """While it is written, at most two more words come after the cancel; what there is of the text is told."""
+    rig.fake["a"].token_s = 0.05
+    rig.start()
+    begin(rig)
+    assert rig.worker is not None
+    rig.worker.cancel("dev", "long")
+    written = len(words_of(rig, "long").split())
+    result = rig.result("long")
+    assert result.state is TaskState.CANCELLED
+    assert written <= len((result.text or "").split()) <= written + 2
+
+
+def test_cancelled_before_it_is_continued(rig: Rig) -> None:
+    """A task that waits behind an urgent one can be cancelled, and shows what was written of it."""
+    rig.start()
+    begin(rig)
+    rig.fake["b"].token_s = 60.0
+    rig.submit("urgent", model="b", priority=URGENT)
+    wait_until(lambda: rig.stored("long").preempted and rig.stored("long").state is TaskState.QUEUED)
+    assert rig.worker is not None
+    rig.worker.cancel("dev", "long")
+    result = rig.result("long")
+    assert result.state is TaskState.CANCELLED
+    assert result.text
+    assert TEXT.startswith(result.text)
