@@ -63,8 +63,8 @@ def test_bench(name: str, tmp_path: Path) -> None:
 
 
 def test_every_bench_is_tried_here() -> None:
-    """A new one in the table of `__main__` belongs in the table above."""
-    assert BENCHES.keys() == SMALLEST.keys()
+    """A new quick one in the table of `__main__` belongs in the table above."""
+    assert {name for name, bench in BENCHES.items() if bench.short} == SMALLEST.keys()
 
 
 def test_ratios_are_taken_pair_by_pair() -> None:
