@@ -40,11 +40,11 @@ NUM_CTX = 2048
 KEEP_S = 600.0
 PATIENT = Deadlines(first_token_s=3600, token_gap_s=600, total_s=3600)
 PROMPTS = (
-    "Pump {n} runs at {t} C, its limit is 45 C. What should be done?",
-    "Door {n} has been open for {t} minutes. Write a short note to the caretaker.",
-    "Sensor {n} says {t} % humidity. Describe what that means for a cellar.",
-    "The battery of node {n} is at {t} %. Say what to do, and why.",
+    "Write the numbers from {n} to 90, separated by commas.",
+    "Write a story about pump {n} and the sea.",
+    "Write the numbers from {n} to 99, each on a line of its own.",
 )
+"""Small models answer some questions in six words; these make them go on until they are stopped."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +85,7 @@ def jobs(count: int, seed: int, rate_per_s: float | None) -> list[Job]:
     chance.shuffle(models)
     made, at_s = [], 0.0
     for number, model in enumerate(models):
-        prompt = chance.choice(PROMPTS).format(n=number, t=chance.randrange(10, 90))
+        prompt = chance.choice(PROMPTS).format(n=chance.randrange(10, 60))
         made.append(Job(name=f"t{number}", at_s=at_s, model=model, prompt=prompt, tokens=chance.randint(16, 32)))
         at_s += chance.expovariate(rate_per_s) if rate_per_s else 0.0
     return made

@@ -70,6 +70,7 @@ def _parameters(arguments: argparse.Namespace) -> object:
     parameters.load_mode = modes.LLAMA_LOAD_MODE_MMAP if arguments.mmap else modes.LLAMA_LOAD_MODE_NONE
     parameters.warmup = False  # a load must not compute: computing is for the one whose turn it is
     parameters.fit_params = False
+    parameters.swa_full = True  # else a model with a sliding window, Gemma, reads what prompts have in common anew
     # What was computed for an interrupted answer is kept: continuing it costs no reading, and gives the same text.
     parameters.cache_ram_mib = _KEPT_MIB
     parameters.n_ctx_checkpoints = 0
