@@ -158,7 +158,7 @@ def test_unloading_is_real(new_daemon: NewDaemon, client: Watcher, ollama: Ollam
     taken: list[int] = []
     wait_until(lambda: not measured(runner, free, taken), timeout_s=20)
     # What others do meanwhile counts too, but hardly in the moment around the end. A mapped file is no loss.
-    wait_until(lambda: psutil.virtual_memory().available > free[-1] + max(taken) / 2, timeout_s=2)
+    wait_until(lambda: psutil.virtual_memory().available > min(free[-50:]) + max(taken) / 2, timeout_s=2)
     assert max(taken) > 100_000_000
     assert runners(ollama) == []
     assert resident(ollama.url) == []
