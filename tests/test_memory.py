@@ -19,8 +19,14 @@ from edge_daemon.messages import Priority
 from edge_daemon.model_pool import MIB, Catalogue, Change, ModelPolicy, ModelPool, PoolLimits
 from edge_daemon.ollama import ModelDetails, ModelTag, Ollama, Running, normalise
 from edge_daemon.scheduler import Cost, Head, View, choose
+from tests.conftest import NewMosquitto
+from tests.daemon import NODE, DaemonProcess
+from tests.fake_ollama import FakeModel, FakeOllama
 from tests.fakes import FakeClock
+from tests.mqtt_client import MqttClient
 
+MB = 10**6
+TOPICS = f"edge-llm/{NODE}"
 MIXES = 1_000
 RESERVE_BYTES = 200 * MIB
 REAL_MIXES = 24
@@ -221,3 +227,42 @@ def test_no_load_over_budget_with_real_children(server: Any) -> None:
         assert runner_bytes(server) <= REAL_BUDGET_BYTES
     assert len(off_by(changes)) >= 5
     assert max(off_by(changes)) <= TOLERANCE
+
+
+# -- what is told
+
+
+@pytest.mark.broker
+def test_every_decision_is_in_the_log(tmp_path: Path, new_mosquitto: NewMosquitto) -> None:
+    """Each load and each eviction is a row and an event: why, who had to go, what was expected and what it was."""
+    models = [FakeModel(name, size_bytes=40 * MB, ram_bytes=100 * MB, load_s=0.1) for name in ("small", "other")]
+    pool = {"memory_budget_bytes": 150 * MB, "memory_reserve_bytes": 0}
+    broker = new_mosquitto()
+    with (
+        FakeOllama(*models) as ollama,
+        DaemonProcess(tmp_path, broker, ollama_url=ollama.url, pool=pool) as daemon,
+        MqttClient(broker.host, broker.port) as client,
+    ):
+        client.subscribe(f"{TOPICS}/#")
+        for name in ("small", "other"):
+            client.publish(f"{TOPICS}/task/dev/{name}", {"prompt": "x", "model": name})
+            client.wait_for_topic(f"{TOPICS}/reply/dev/{name}/result")
+        told = [m.json["data"] for m in client.messages if m.topic.endswith(("/event/model_loaded", "/model_unloaded"))]
+        assert daemon.stop() == 0
+    rows = daemon.rows("model")
+    assert [(row["status"], row["model_name"], row["swap_reason"], row["evicted_models"]) for row in rows] == [
+        ("loaded", "small:latest", "plan", ""),
+        ("unloaded", "small:latest", "room for other:latest", ""),
+        ("loaded", "other:latest", "plan", "small:latest"),
+        ("unloaded", "other:latest", "the daemon stops", ""),
+    ]
+    loads = [row for row in rows if row["status"] == "loaded"]
+    assert all(int(row["predicted_load_ns"]) > 0 and int(row["model_switching_time_ns"]) >= 10**8 for row in loads)
+    assert {int(row["runner_rss_bytes"]) for row in rows} == {100 * MB}
+    assert [(it["model"], it["reason"], it["evicted"]) for it in told] == [
+        ("small:latest", "plan", []),
+        ("small:latest", "room for other:latest", []),
+        ("other:latest", "plan", ["small:latest"]),
+    ]
+    assert [it["size_bytes"] for it in told] == [100 * MB] * 3
+    assert all(it["predicted_bytes"] > 40 * MB and it["predicted_s"] > 0 for it in told if it["reason"] == "plan")
