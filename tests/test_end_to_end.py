@@ -93,16 +93,28 @@ def runners(ollama: OllamaChild) -> list[psutil.Process]:
     return [child for child in children if any("edge_daemon.embedded.runner" in word for word in child.cmdline())]
 
 
-def measured(process: psutil.Process, free: list[int], taken: list[int]) -> bool:
-    """Note the memory that is available, and what a process takes of its own; False once the process is gone."""
+def memory_comes_back(process: psutil.Process) -> bool:
+    """Whether there is more memory right after the end of a process than right before; returns after its end."""
+    free: list[int] = []
+    own: list[int] = []  # a mapped file is no loss
+    wait_until(lambda: not _measured(process, free, own), timeout_s=20)
+    assert max(own) > 100_000_000
+    try:
+        wait_until(lambda: psutil.virtual_memory().available > min(free[-50:]) + max(own) / 2, timeout_s=1)
+    except AssertionError:
+        return False
+    return True
+
+
+def _measured(process: psutil.Process, free: list[int], own: list[int]) -> bool:
     available = psutil.virtual_memory().available
     try:
         status = Path(f"/proc/{process.pid}/status").read_text(encoding="ascii")
     except OSError:
         return False
-    if (own := re.search(r"RssAnon:\s+([0-9]+) kB", status)) is not None:  # a zombie has none
+    if (anonymous := re.search(r"RssAnon:\s+([0-9]+) kB", status)) is not None:  # one that is ending has none
         free.append(available)
-        taken.append(int(own[1]) * 1024)
+        own.append(int(anonymous[1]) * 1024)
     return True
 
 
@@ -150,20 +162,19 @@ def test_two_models_and_a_schema(new_daemon: NewDaemon, client: Watcher) -> None
 def test_unloading_is_real(new_daemon: NewDaemon, client: Watcher, ollama: OllamaChild) -> None:
     """After `model_timeout_s` the model's process, its listing and its memory are gone, and the CSV tells of it."""
     daemon = new_daemon(pool={"model_timeout_s": 2})
-    client.publish(f"{N}/task/door/1", "What is 2+2?")
-    client.result("door", "1", timeout_s=PATIENCE_S)
-    (runner,) = runners(ollama)
-    assert resident(ollama.url) == [SMOLLM2]
-    free: list[int] = []
-    taken: list[int] = []
-    wait_until(lambda: not measured(runner, free, taken), timeout_s=20)
-    # What others do meanwhile counts too, but hardly in the moment around the end. A mapped file is no loss.
-    wait_until(lambda: psutil.virtual_memory().available > min(free[-50:]) + max(taken) / 2, timeout_s=2)
-    assert max(taken) > 100_000_000
-    assert runners(ollama) == []
-    assert resident(ollama.url) == []
-    wait_until(lambda: len(daemon.rows("model")) == 2)
-    loaded, unloaded = daemon.rows("model")
+    for number in range(5):  # other programs may take what we give back, but not every time
+        client.publish(f"{N}/task/door/{number}", "What is 2+2?")
+        client.result("door", str(number), timeout_s=PATIENCE_S)
+        (runner,) = runners(ollama)
+        assert resident(ollama.url) == [SMOLLM2]
+        came_back = memory_comes_back(runner)
+        assert runners(ollama) == []
+        assert resident(ollama.url) == []
+        if came_back:
+            break
+    assert came_back
+    wait_until(lambda: len(daemon.rows("model")) == 2 * (number + 1))
+    loaded, unloaded = daemon.rows("model")[:2]
     assert (loaded["status"], unloaded["status"]) == ("loaded", "unloaded")
     assert loaded["swap_reason"]
     assert unloaded["swap_reason"] == "idle"
