@@ -4,6 +4,7 @@ import json
 import resource
 import signal
 import subprocess
+import threading
 import time
 import zlib
 from collections import Counter
@@ -780,3 +781,17 @@ def test_a_broker_without_mqtt_5(tmp_path: Path, ollama: FakeOllama) -> None:
         assert client.wait_for(lambda m: m.topic == f"{N}/info" and m.json["mqtt"]).json["mqtt"] == "3.1.1"
         assert daemon.stop() == 0
         client.wait_for(lambda m: (m.topic, m.text) == (f"{N}/availability", "offline"))
+
+
+def test_a_pause_of_the_process_is_no_signal(new_daemon: NewDaemon, broker: Mosquitto) -> None:
+    """A daemon that was stopped for longer than it waits for signals goes on as if nothing had been."""
+    daemon = new_daemon()
+    with Watcher(broker) as client, daemon:
+        client.publish(f"{N}/task/pause/held", {"model": "slower", "prompt": "x", "stream": True})
+        client.running("pause")  # while it is busy, it looks around every half second
+        daemon.signal(signal.SIGSTOP)
+        threading.Event().wait(1.2)
+        daemon.signal(signal.SIGCONT)
+        client.publish(f"{N}/cancel/pause/held")
+        assert client.result("pause", "held")["state"] == "cancelled"
+        assert daemon.is_alive()
