@@ -476,3 +476,17 @@ def self_signed(directory: Path) -> tuple[Path, Path]:
         capture_output=True,
     )
     return certificate, key
+
+
+def test_a_missing_library_is_named(tmp_path: Path) -> None:
+    """Without paho-mqtt the tool says in one line what to install, as a usage error."""
+    (tmp_path / "paho.py").write_text("raise ImportError\n", encoding="utf-8")
+    run = subprocess.run(
+        [sys.executable, str(TOOL), "--prompt", "x"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr.splitlines() == ["publish_task.py: needs paho-mqtt 2: pip install 'paho-mqtt>=2.1'"]
