@@ -93,7 +93,7 @@ class DaemonProcess:
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "edge_daemon", "run", "--config", str(self._config)],
+                [sys.executable, "-m", "edge_daemon", "run", "--exit-with-parent", "--config", str(self._config)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
