@@ -275,6 +275,7 @@ def test_cancelled_after_a_word(rig: Rig) -> None:
 
 def test_cancelled_before_it_is_continued(rig: Rig) -> None:
     """A task that waits behind an urgent one can be cancelled, and shows what was written of it."""
+    rig.fake["a"].token_s = 0.05
     rig.start()
     begin(rig)
     rig.fake["b"].token_s = 60.0
