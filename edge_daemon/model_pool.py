@@ -319,6 +319,12 @@ class ModelPool:
         return tuple(residents)
 
     @property
+    def awaited(self) -> str | None:
+        """The model of a load that has not come to a good end: no task can be given to it yet."""
+        order = self._order
+        return None if order is None or order.thread.seconds is not None else order.thread.model
+
+    @property
     def loading(self) -> str | None:
         """The model of a load that is on its way."""
         return self._order.thread.model if self._order else None

@@ -305,6 +305,8 @@ class Worker(threading.Thread):
             return self._idle(waiting)
         if decision.not_before_s > 0:
             return decision.not_before_s
+        if decision.model == self._pool.loading:
+            return 0  # it has come in this moment: take note of that first
         if any(resident.model == decision.model for resident in self._pool.resident()):
             self._run(decision)
             return 0
@@ -384,7 +386,7 @@ class Worker(threading.Thread):
         A model on its way into memory takes no task before it is there, so that resident ones go on meanwhile.
         """
         model = self._stand_in(model)
-        return model if self._breakers.may_try(model, now) and model != self._pool.loading else None
+        return model if self._breakers.may_try(model, now) and model != self._pool.awaited else None
 
     def _stand_in(self, model: str) -> str:
         """The first of ``model`` and its fallbacks that works, or may be tried anew; itself when none does."""
