@@ -12,6 +12,7 @@ import socket
 import threading
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -325,7 +326,8 @@ class Daemon:
         self.bridge.stop(GOODBYE_S)
         self.telemetry.stop()
         self._sync_csv()
-        self.csv.close()
+        with suppress(OSError):  # what is not on the disk is rebuilt from the store at the next start
+            self.csv.close()
         self.store.close()
         log.info("stopped")
 

@@ -533,12 +533,12 @@ def _prepared(path: Path) -> sqlite3.Connection:
     try:
         # One process owns the file: SQLite before 3.51.3 can corrupt a WAL that two connections write.
         db.execute("PRAGMA locking_mode = EXCLUSIVE")
+        (version,) = db.execute("PRAGMA user_version").fetchone()
+        if version > SCHEMA_VERSION:  # asked first: a later version's file is not touched
+            raise StoreTooNew(f"{path}: written by a later version of edge-llm (schema {version}); install that one")
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")  # NORMAL may lose a commit in a power cut
         db.execute("PRAGMA journal_size_limit = 4194304")
-        (version,) = db.execute("PRAGMA user_version").fetchone()
-        if version > SCHEMA_VERSION:
-            raise StoreTooNew(f"{path}: written by a later version of edge-llm (schema {version}); install that one")
         if version == 0:
             db.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
         if _verdict(db) != "ok":
