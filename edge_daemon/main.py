@@ -72,7 +72,7 @@ class Daemon:
         self._broker_up = False
         self._ollama_up = True
         self._unsynced: deque[tuple[int, int]] = deque()  # (row, task) written to the CSV, not known to be on the disk
-        self._state_lock = threading.Lock()  # guards _state, _since and _published: several threads tell
+        self._state_lock = threading.RLock()  # guards _state, _since and _published: several threads tell
         self._csv_lock = threading.Lock()  # guards _unsynced and the order of rows in it
         self._published: dict[str, str] = {}
         self._settings = {normalise(name): config.models.for_model(name) for name in config.models.settings}
@@ -483,8 +483,8 @@ class Daemon:
                 state, reason = ("degraded", ", ".join(troubles)) if troubles else ("ready", "")
             if (state, reason) != self._state:
                 self._state, self._since = (state, reason), iso(self.clock.wall())
-            data = {"state": state, "since": self._since, "reason": reason}
-        self._publish_changed("state", data)
+            # Told under the lock, which costs a put on a queue: an older state must not follow a newer one.
+            self._publish_changed("state", {"state": state, "since": self._since, "reason": reason})
 
     def _queue(self) -> dict[str, Any]:
         running = self.worker.running()
@@ -532,7 +532,7 @@ class Daemon:
             if self._published.get(name) == text:
                 return
             self._published[name] = text
-        self.bridge.publish_state(name, data)
+            self.bridge.publish_state(name, data)
 
     def _summary(self) -> str:
         """One line for ``systemctl status``."""
