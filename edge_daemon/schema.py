@@ -8,6 +8,9 @@ are among those: a regular expression from outside could keep the daemon busy fo
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+MAX_NAME_CHARS = 60
+"""So much of a key's name is quoted: a model that goes wrong writes names without end."""
+
 _TYPES: dict[str, tuple[type, ...]] = {
     "object": (dict,),
     "array": (list,),
@@ -84,20 +87,21 @@ def _same(a: Any, b: Any) -> bool:
 
 def _required(value: Any, names: Any, _schema: Mapping[str, Any], path: str) -> str | None:
     missing = [name for name in names if name not in value] if isinstance(value, dict) else []
-    return f"{path}: {missing[0]} is missing" if missing else None
+    return f"{path}: {missing[0][:MAX_NAME_CHARS]} is missing" if missing else None
 
 
 def _properties(value: Any, schemas: Any, _schema: Mapping[str, Any], path: str) -> str | None:
     if not isinstance(value, dict):
         return None
-    return _first(problem(value[name], schema, f"{path}.{name}") for name, schema in schemas.items() if name in value)
+    known = ((name, schema) for name, schema in schemas.items() if name in value)
+    return _first(problem(value[name], schema, _below(path, name)) for name, schema in known)
 
 
 def _additional(value: Any, extra: Any, schema: Mapping[str, Any], path: str) -> str | None:
     if not isinstance(value, dict) or "patternProperties" in schema:  # which names it leaves over is not known here
         return None
     known = schema.get("properties", {})
-    return _first(problem(item, extra, f"{path}.{name}") for name, item in value.items() if name not in known)
+    return _first(problem(item, extra, _below(path, name)) for name, item in value.items() if name not in known)
 
 
 def _items(value: Any, schema: Any, whole: Mapping[str, Any], path: str) -> str | None:
@@ -122,6 +126,10 @@ def _limit(kind: type | tuple[type, ...], measure: Callable[[Any], Any], *, low:
         return f"{path}: beyond the limit of {bound}" if (size < bound if low else size > bound) else None
 
     return check
+
+
+def _below(path: str, name: str) -> str:
+    return f"{path}.{name[:MAX_NAME_CHARS]}"
 
 
 def _first(problems: Any) -> str | None:

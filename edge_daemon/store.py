@@ -4,58 +4,41 @@ A task is a row from its acceptance until its retention ends; states change, row
 survives ``kill -9`` and a power cut (WAL with ``synchronous=FULL``). The waiting tasks are also indexed in memory, so
 that a decision costs the same with ten tasks queued as with a hundred thousand.
 
-Times are seconds of ``Clock.monotonic`` in the boot that ``boot_id`` names; they are carried over at the next boot.
+Times in the file are queue time, which goes on from boot to boot; all others are seconds of ``Clock.monotonic``.
 """
 
-import contextlib
 import heapq
 import json
 import logging
-import sqlite3
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from edge_daemon import queue_file
 from edge_daemon.clock import Clock
-from edge_daemon.errors import StorageFull, StoreError, StoreTooNew
+from edge_daemon.errors import StorageFull, StoreError
 from edge_daemon.messages import Added, Priority, Result, Stored, Submission, Task, TaskState, compact
+from edge_daemon.steps import reached
 
 log = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 1
-SCHEMA = """
-CREATE TABLE tasks (
-    seq         INTEGER PRIMARY KEY,        -- order of acceptance
-    src         TEXT NOT NULL,
-    id          TEXT NOT NULL,
-    hash        BLOB NOT NULL,              -- Task.content_hash
-    state       TEXT NOT NULL,
-    attempt     INTEGER NOT NULL DEFAULT 0, -- counted when an attempt begins, so that kills count too
-    preempted   INTEGER NOT NULL DEFAULT 0,
-    boot_id     TEXT NOT NULL,
-    accepted_at REAL NOT NULL,              -- monotonic seconds of that boot
-    synced      INTEGER NOT NULL,           -- 1: the wall clock was right then, 2: and time off is still to be counted
-    bytes       INTEGER NOT NULL,           -- of task and result
-    unacked     INTEGER NOT NULL,           -- 1: no id of its sender's, and its PUBACK is not known to be out
-    task        TEXT NOT NULL,              -- Task.to_json
-    partial     TEXT NOT NULL DEFAULT '',   -- the text of an interrupted generation
-    partial_tokens INTEGER NOT NULL DEFAULT 0,
-    result      TEXT,                       -- Result.to_json, once terminal
-    finished_at REAL,                       -- wall clock
-    sent        INTEGER NOT NULL DEFAULT 0, -- 1: its result is confirmed by the broker, 2: set aside as undeliverable
-    logged      INTEGER NOT NULL DEFAULT 0  -- 1: its CSV row is on the disk
-);
-CREATE UNIQUE INDEX tasks_by_key ON tasks (src, id);
-CREATE INDEX tasks_open ON tasks (seq) WHERE result IS NULL;
-CREATE INDEX tasks_unsent ON tasks (seq) WHERE result IS NOT NULL AND sent = 0;
-CREATE INDEX tasks_unlogged ON tasks (seq) WHERE result IS NOT NULL AND logged = 0;
-CREATE INDEX tasks_unacked ON tasks (hash) WHERE unacked = 1;
-CREATE INDEX tasks_finished ON tasks (finished_at) WHERE finished_at IS NOT NULL;
-CREATE TABLE learnt (model TEXT PRIMARY KEY, facts TEXT NOT NULL) WITHOUT ROWID;
+FOLD_AT_BYTES = 4 << 20
+"""A write-ahead log of this length is folded into the file."""
+PRUNED_SHARE = 0.9
+"""What is left of ``retention_bytes`` when it was exceeded, so that not every task has to make room for itself."""
+LAST_SEEN = """
+SELECT max(at) FROM (
+    SELECT max(began_at) AS at FROM boot WHERE began_at < 1e12
+    UNION ALL SELECT max(accepted_at) FROM tasks WHERE result IS NULL AND accepted_at < 1e12
+    UNION ALL SELECT max(finished_at) FROM tasks WHERE finished_at < 1e12
+)
 """
+"""The last moment, in queue time, at which the machine was seen to be on. What is no number of seconds is damage."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +49,7 @@ class Waiting:
     model: str
     priority: Priority
     task_type: str | None
+    fallback: tuple[str, ...] | None
     prompt_tokens: int
     max_tokens: int
     accepted_at: float
@@ -75,7 +59,10 @@ class Waiting:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Bounds of the queue; ``urgent_reserve`` of ``max_tasks`` are places that only urgent tasks may take."""
+    """Bounds of the queue; ``urgent_reserve`` of ``max_tasks`` are places that only urgent tasks may take.
+
+    Of ``max_bytes``, the same share is theirs.
+    """
 
     max_tasks: int = 10_000
     max_bytes: int = 268_435_456
@@ -92,27 +79,52 @@ class Store:
     Raises:
         StoreTooNew: the file was written by a later version.
         StorageFull: nothing was changed, because the disk is full.
-        StoreError: any other failure of the file; nothing was changed.
+        StoreError: any other failure of the file. Nobody knows what of the last change is on the disk, so from then on
+            every call fails: the process is to end, and the next start believes only what it finds.
     """
 
     def __init__(self, path: Path, *, clock: Clock, limits: Limits | None = None) -> None:
         self._path = path
         self._clock = clock
         self._boot_id = clock.boot_id()
+        self._began_at = 0.0  # this boot, in queue time
         self._limits = limits or Limits()
         self._lock = threading.RLock()  # guards everything below
-        self._db = _open(path)
+        self._db, self._damage = queue_file.open_queue(path, clock)
+        self._failure: str | None = None
+        self._is_full = False
+        self._is_folded = False
         self._ready = _ReadyIndex()
         self._open: dict[int, tuple[str, int]] = {}  # src and size of each open task
         self._open_bytes = 0
         self._open_by_src: Counter[str] = Counter()
         self._finished_bytes = 0
+        self._may_free = True  # whether there may be more to delete than the last time that nothing was
         # Marks that may be lost: a crash then costs one repetition, not a task. They ride on the next commit.
-        self._marks: dict[str, set[int]] = {"sent": set(), "logged": set(), "acked": set()}
+        self._marks: dict[str, set[int]] = {"sent": set(), "aside": set(), "logged": set(), "acked": set()}
         self._learnt: dict[str, str] = {}  # facts of models: the same
+        self._asked_again: set[int] = set()  # results to be sent once more, though one copy may be on its way
         self._before_boot: set[int] = set()  # accepted in an earlier boot, time switched off not yet counted
-        with self._guard():
-            self._recover()
+        with suppress(StorageFull):
+            self._fold()
+        self._recover()
+
+    # -- how the file is
+
+    @property
+    def damage(self) -> queue_file.Damage | None:
+        """What was wrong with the file when it was opened."""
+        return self._damage
+
+    @property
+    def failure(self) -> str | None:
+        """Why nothing works any more, if that is so."""
+        return self._failure
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the last attempt to write failed for want of room."""
+        return self._is_full
 
     # -- intake
 
@@ -120,48 +132,94 @@ class Store:
         """Commit a group of tasks with one fsync. The answers are in the order of ``submissions``."""
         added: list[int] = []
         with self._lock:
-            if self._finished_bytes > self._limits.retention_bytes:
+            if self._finished_bytes > self._limits.retention_bytes and self._may_free:
                 self.prune()
             try:
                 with self._transaction():
-                    return [self._add(submission, added) for submission in submissions]
+                    answers = [self._add(submission, added) for submission in submissions]
+                    reached("tasks_inserted")
             except BaseException:
                 for seq in added:
                     self._forget(seq)
                 raise
+            reached("tasks_committed")
+            return answers
+
+    def recognise(self, submissions: Sequence[Submission]) -> list[Added]:
+        """What is known of these, with nothing written: ``known``, ``conflict`` or ``unknown``."""
+        with self._lock:
+            return [self._recognised(submission) or Added(outcome="unknown") for submission in submissions]
 
     def _add(self, submission: Submission, added: list[int]) -> Added:
-        task, digest = submission.task, submission.task.content_hash()
-        if submission.redelivered and not submission.own_id:
-            twin = self._row("hash = ? AND unacked = 1 AND src = ?", (digest, task.src))
-            if twin:
-                return Added(outcome="known", stored=twin)
-        if known := self._row("src = ? AND id = ?", task.key):
-            return self._known(known, task, digest)
+        task = submission.task
+        if found := self._recognised(submission):
+            return self._asked_for(found, task)
+        if submission.only_known:
+            return Added(outcome="unknown")
+        if limit := self._full(task):
+            return Added(outcome=limit)
         text = task.to_json()
         size = len(text.encode())
-        if limit := self._full(task, size):
-            return Added(outcome=limit)
+        # Of the bytes the same share is kept for urgent tasks as of the places.
+        if self._open_bytes + size > self._limits.max_bytes * self._places(task) // self._limits.max_tasks:
+            return Added(outcome="full_of_bytes")
         now = self._clock.monotonic()
-        seq = self._insert(submission, digest, text, size, now)
+        seq = self._insert(submission, text, size, now)
         stored = Stored(seq=seq, task=task, state=TaskState.QUEUED, attempt=0, preempted=0, accepted_at=now)
         self._remember(stored, size)
         added.append(seq)
         return Added(outcome="new", stored=stored, position=self._ready.position(task.priority))
 
-    def _insert(self, submission: Submission, digest: bytes, text: str, size: int, now: float) -> int:
-        task = submission.task
+    def _insert(self, submission: Submission, text: str, size: int, now: float) -> int:
+        task, digest = submission.task, submission.task.content_hash()
+        unacked = 0 if submission.own_id else submission.packet_id
+        accepted = (self._began_at + now, self._clock.synced())
         cursor = self._db.execute(
             "INSERT INTO tasks (src, id, hash, state, boot_id, accepted_at, synced, bytes, unacked, task)"
             " VALUES (?, ?, ?, 'queued', ?, ?, ?, ?, ?, ?)",
-            (*task.key, digest, self._boot_id, now, self._clock.synced(), size, not submission.own_id, text),
+            (*task.key, digest, self._boot_id, *accepted, size, unacked, text),
         )
         return int(cursor.lastrowid or 0)
 
-    def _known(self, known: Stored, task: Task, digest: bytes) -> Added:
-        (stored_hash,) = self._db.execute("SELECT hash FROM tasks WHERE seq = ?", (known.seq,)).fetchone()
-        if stored_hash != digest:
-            return Added(outcome="conflict", stored=known)
+    def _recognised(self, submission: Submission) -> Added | None:
+        """What is there of it already: the task itself, or another one with its id."""
+        if twin := self._twin(submission):
+            return Added(outcome="known", stored=twin)
+        known = self._row("src = ? AND id = ?", submission.task.key)
+        if known is None:
+            return None
+        task = submission.task
+        if "options" in known.task.from_type:  # stored by a version that hashed no options beside those of a type
+            task = replace(task, options={})
+        with self._guard():
+            (stored_hash,) = self._db.execute("SELECT hash FROM tasks WHERE seq = ?", (known.seq,)).fetchone()
+        return Added(outcome="known" if stored_hash == task.content_hash() else "conflict", stored=known)
+
+    def _twin(self, submission: Submission) -> Stored | None:
+        """The task without an id of its sender's that the broker sends again in ``submission``.
+
+        An equal text alone proves nothing: it may be another one that never came here. But the broker must send a
+        message again under the same packet id, and may give that to another only when it has our PUBACK. What remains
+        is a broker that at once gives a freed id to an equal text with the same address, and a connection that ends
+        between the two: the second is then taken for the first. mosquitto counts through all 65,535 ids first.
+        """
+        if submission.own_id or not submission.redelivered:
+            return None
+        task = submission.task
+        twin = self._row(
+            # The first term is for the index; of two, the newer one's message came after the other's PUBACK.
+            "unacked != 0 AND unacked = ? AND src = ? AND hash = ? ORDER BY seq DESC",
+            (submission.packet_id, task.src, task.content_hash()),
+        )
+        if twin is None or twin.seq in self._marks["acked"]:
+            return None
+        return twin if (twin.task.reply_to, twin.task.correlation) == (task.reply_to, task.correlation) else None
+
+    def _asked_for(self, found: Added, task: Task) -> Added:
+        """Have the answer sent again, when it is the sender that asks again."""
+        known = found.stored
+        if found.outcome != "known" or known is None or known.task.key != task.key:
+            return found
         if (task.reply_to, task.correlation) != (known.task.reply_to, known.task.correlation):
             # The sender asks again from elsewhere: the answer goes where it listens now.
             moved = replace(known.task, reply_to=task.reply_to, correlation=task.correlation)
@@ -169,20 +227,35 @@ class Store:
             self._db.execute("UPDATE tasks SET task = ? WHERE seq = ?", (moved.to_json(), known.seq))
         if known.result is not None:
             self._db.execute("UPDATE tasks SET sent = 0 WHERE seq = ?", (known.seq,))
+            self._asked_again.add(known.seq)
         return Added(outcome="known", stored=known)
 
-    def _full(self, task: Task, size: int) -> str | None:
-        """Which limit stands in the way of ``task``, if one does."""
+    def _places(self, task: Task) -> int:
+        """How many open tasks there may be with this one."""
+        return self._limits.max_tasks - (0 if task.priority is Priority.URGENT else self._limits.urgent_reserve)
+
+    def _full(self, task: Task) -> str | None:
+        """Which limit stands in the way of ``task``, whatever its size, if one does."""
         limits = self._limits
-        reserve = 0 if task.priority is Priority.URGENT else limits.urgent_reserve
-        if len(self._open) >= limits.max_tasks - reserve or self._open_bytes + size > limits.max_bytes:
+        if len(self._open) >= self._places(task):
             return "full"
         if limits.max_tasks_per_src is not None and self._open_by_src[task.src] >= limits.max_tasks_per_src:
             return "full_for_src"
-        return "no_room" if self._finished_bytes > limits.retention_bytes else None
+        return self._kept_for() if self._finished_bytes > limits.retention_bytes else None
+
+    def _kept_for(self) -> str:
+        """What most of the finished tasks wait for, that cannot be deleted to make room."""
+        counts = "SELECT count(*) FROM tasks WHERE result IS NOT NULL AND "
+        (unsent,), (unlogged,) = (self._db.execute(counts + column).fetchone() for column in ("sent = 0", "logged = 0"))
+        return "no_room" if unsent >= unlogged else "unlogged"
+
+    def unacked(self) -> list[int]:
+        """Tasks without an id of their sender's that the broker may send again, as far as is known."""
+        with self._lock, self._guard():
+            return [seq for (seq,) in self._db.execute("SELECT seq FROM tasks WHERE unacked != 0")]
 
     def mark_acked(self, seqs: Iterable[int]) -> None:
-        """The PUBACK of these tasks is out: an equal text from now on is another task."""
+        """The broker will not send these tasks again: an equal text from now on is another task."""
         self._mark("acked", seqs)
 
     # -- the worker's side
@@ -202,12 +275,22 @@ class Store:
                 return None
             with self._transaction():
                 self._db.execute("UPDATE tasks SET state = 'running', attempt = attempt + 1 WHERE seq = ?", (seq,))
+                reached("attempt_counted")
+            reached("attempt_committed")
             self._ready.discard(seq)
             return self._row("seq = ?", (seq,))
 
-    def release(self, seq: int) -> Stored | None:
-        """Set a running task back to waiting, in its old place, after an attempt that failed."""
-        return self._set_back("UPDATE tasks SET state = 'queued' WHERE seq = ? AND state = 'running'", (seq,))
+    def release(self, seq: int, *, counted: bool = True) -> Stored | None:
+        """Set a running task back to waiting, in its old place, after an attempt that failed.
+
+        ``counted`` is False for one that was turned away before anything was tried. It counts as put aside then, since
+        the task has begun to run and was told to (``Stored.runs``).
+        """
+        return self._set_back(
+            "UPDATE tasks SET state = 'queued', attempt = attempt - ?, preempted = preempted + ?"
+            " WHERE seq = ? AND state = 'running'",
+            (not counted, not counted, seq),
+        )
 
     def put_aside(self, seq: int, *, partial: str, partial_tokens: int) -> Stored | None:
         """Set a running task back to waiting because something else comes first: that is no failed attempt.
@@ -226,6 +309,8 @@ class Store:
             with self._transaction():
                 if not self._db.execute(statement, values).rowcount:
                     return None
+                reached("set_back_written")
+            reached("set_back_committed")
             stored = self._row("seq = ?", (seq,))
             if stored:
                 self._ready.add(stored)
@@ -233,30 +318,57 @@ class Store:
 
     def finish(self, seq: int, result: Result) -> bool:
         """End a task: its one terminal record is stored, to be sent and logged. False when it has ended already."""
-        text = result.to_json()
-        size = len(text.encode())
+        return bool(self.finish_many({seq: result}))
+
+    def finish_many(self, results: Mapping[int, Result]) -> list[int]:
+        """End tasks by one commit. Returns the ``seq`` of those that had not ended already."""
+        if not results:
+            return []
+        texts = {seq: result.to_json() for seq, result in results.items()}
+        sizes = {seq: len(text.encode()) for seq, text in texts.items()}
         with self._lock:
             with self._transaction():
-                cursor = self._db.execute(
-                    "UPDATE tasks SET state = ?, result = ?, finished_at = ?, partial = '', bytes = bytes + ?"
-                    " WHERE seq = ? AND result IS NULL",
-                    (result.state.value, text, self._clock.wall(), size, seq),
-                )
-            if cursor.rowcount == 1:
-                self._finished_bytes += size + self._open.get(seq, ("", 0))[1]
-            self._forget(seq)
-            return cursor.rowcount == 1
+                ended = [seq for seq in results if self._end(seq, results[seq].state, texts[seq], sizes[seq])]
+                reached("result_written")
+            reached("result_committed")
+            for seq in ended:
+                self._finished_bytes += sizes[seq] + self._open.get(seq, ("", 0))[1]
+            for seq in results:
+                self._forget(seq)
+            return ended
 
-    def expired(self) -> list[Stored]:
-        """Waiting tasks whose time to live has passed; the caller finishes them."""
+    def _end(self, seq: int, state: TaskState, result: str, size: int) -> bool:
+        cursor = self._db.execute(
+            "UPDATE tasks SET state = ?, result = ?, finished_at = ?, partial = '', bytes = bytes + ?"
+            " WHERE seq = ? AND result IS NULL",
+            (state.value, result, self._now(), size, seq),
+        )
+        return cursor.rowcount == 1
+
+    def expired(self, limit: int) -> list[Stored]:
+        """Waiting tasks whose time to live has passed, those first whose time passed first; the caller finishes them.
+
+        They are ``limit`` at most, and no more than a write-ahead log is to hold: finishing writes them anew.
+        """
         with self._lock:
             if self._before_boot and self._clock.synced():
-                self._count_time_off()
-            return [s for seq in self._ready.expired(self._clock.monotonic()) if (s := self._row("seq = ?", (seq,)))]
+                self._count_time_off(limit)
+            due = self._ready.expired(self._clock.monotonic(), limit)
+            return [stored for seq in self._one_log_full(due) if (stored := self._row("seq = ?", (seq,)))]
+
+    def _one_log_full(self, seqs: Iterable[int]) -> Iterator[int]:
+        left = FOLD_AT_BYTES
+        for seq in seqs:
+            if left <= 0:
+                return
+            left -= self._open[seq][1]
+            yield seq
 
     def next_expiry(self) -> float | None:
-        """The monotonic time at which the next waiting task expires, None when none waits."""
+        """The monotonic time at which it is worth to ask for expired tasks, None when none waits."""
         with self._lock:
+            if self._before_boot and self._clock.synced():
+                return self._clock.monotonic()
             return self._ready.next_expiry()
 
     # -- looking up
@@ -265,6 +377,11 @@ class Store:
         """The task of this sender with this id."""
         with self._lock:
             return self._row("src = ? AND id = ?", (src, task_id))
+
+    def get(self, seq: int) -> Stored | None:
+        """The task with this number, None when it was deleted or cannot be read."""
+        with self._lock:
+            return self._row("seq = ?", (seq,))
 
     def find_open(self, task_id: str) -> list[Stored]:
         """Every unfinished task with this id, whoever sent it."""
@@ -286,34 +403,54 @@ class Store:
     def unsent(self, limit: int, *, skip: Iterable[int] = ()) -> list[Stored]:
         """Up to ``limit`` finished tasks whose result is not confirmed by the broker, oldest first."""
         with self._lock:
-            passed = set(skip) | self._marks["sent"]
-            rows = self._rows("result IS NOT NULL AND sent = 0 ORDER BY seq LIMIT ?", (limit + len(passed),))
-            return [stored for stored in rows if stored.seq not in passed][:limit]
+            passed = set(skip) | self._marks["sent"] | self._marks["aside"]
+            with self._guard():  # there may be thousands of marks: those are passed without being read
+                seqs = self._db.execute("SELECT seq FROM tasks WHERE result IS NOT NULL AND sent = 0 ORDER BY seq")
+                wanted = list(islice((seq for (seq,) in seqs if seq not in passed), limit))
+            found = [stored for seq in wanted if (stored := self._row("seq = ?", (seq,)))]
+            self._asked_again.difference_update(stored.seq for stored in found)
+            return found
 
     def unsent_count(self) -> int:
         """How many results wait to be delivered."""
         with self._lock, self._guard():
             (count,) = self._db.execute("SELECT count(*) FROM tasks WHERE result IS NOT NULL AND sent = 0").fetchone()
-            marked = self._marks["sent"]
+            marked = self._marks["sent"] | self._marks["aside"]
             waiting = "SELECT 1 FROM tasks WHERE seq = ? AND result IS NOT NULL AND sent = 0"
             return int(count) - sum(self._db.execute(waiting, (seq,)).fetchone() is not None for seq in marked)
 
     def mark_sent(self, seq: int) -> None:
-        """The broker has confirmed this result."""
-        self._mark("sent", (seq,))
+        """The broker has confirmed this result; one that was asked for again since it was taken is still unsent."""
+        with self._lock:
+            if seq not in self._asked_again:
+                self._mark("sent", (seq,))
 
     def set_aside(self, seq: int) -> None:
         """This result cannot be delivered; it stays readable in the store and the log."""
-        with self._lock, self._transaction():
-            self._db.execute("UPDATE tasks SET sent = 2 WHERE seq = ?", (seq,))
+        self._mark("aside", (seq,))
+
+    def offer_again(self) -> int:
+        """Put what was set aside back into the outbox. Returns the number of results.
+
+        Raises:
+            StorageFull: they stay where they are.
+        """
+        aside = "sent = 2 AND result != ''"  # a row that is damaged has an empty one
+        with self._lock:
+            with self._guard():
+                (count,) = self._db.execute(f"SELECT count(*) FROM tasks WHERE {aside}").fetchone()  # noqa: S608
+            if count:
+                with self._transaction():
+                    self._db.execute(f"UPDATE tasks SET sent = 0 WHERE {aside}")  # noqa: S608
+            return int(count)
 
     # -- the CSV log
 
-    def unlogged(self) -> list[Stored]:
-        """Finished tasks without a row on the disk, as far as is known."""
-        with self._lock:
-            rows = self._rows("result IS NOT NULL AND logged = 0 ORDER BY seq", ())
-            return [stored for stored in rows if stored.seq not in self._marks["logged"]]
+    def unlogged(self) -> list[int]:
+        """The ``seq`` of each finished task without a row on the disk, as far as is known; there may be many."""
+        with self._lock, self._guard():
+            rows = self._db.execute("SELECT seq FROM tasks WHERE result IS NOT NULL AND logged = 0 ORDER BY seq")
+            return [seq for (seq,) in rows if seq not in self._marks["logged"]]
 
     def mark_logged(self, seqs: Iterable[int]) -> None:
         """The rows of these tasks are on the disk."""
@@ -328,7 +465,7 @@ class Store:
                 rows = self._db.execute("SELECT model, facts FROM learnt").fetchall()
             known = {}
             for model, facts in rows:
-                with contextlib.suppress(ValueError):  # damaged: it will be learnt anew
+                with suppress(ValueError):  # damaged: it will be learnt anew
                     known[model] = json.loads(facts)
             return known
 
@@ -340,17 +477,20 @@ class Store:
     # -- housekeeping
 
     def flush(self) -> None:
-        """Commit the marks that wait for company."""
+        """Commit the marks that wait for company; when the disk was full, see whether it still is."""
         with self._lock:
-            if self._learnt or any(self._marks.values()):
+            if self._is_full or self._learnt or any(self._marks.values()):
                 with self._transaction():
-                    pass
+                    if self._is_full:
+                        queue_file.write_something(self._db)
+                    reached("marks_flushing")
+                reached("marks_flushed")
 
     def prune(self) -> int:
         """Delete finished tasks that were sent and logged. Returns the number deleted.
 
-        Those go that were kept for ``retention_s``, and the oldest of the rest while all take more than
-        ``retention_bytes``. The newest row stays, because its ``seq`` must never be given again.
+        Those go that were kept for ``retention_s``, and when all take more than ``retention_bytes``, the oldest of the
+        rest until they take a tenth less. The newest row stays, because its ``seq`` must never be given again.
         """
         with self._lock, self._guard():
             self.flush()
@@ -358,19 +498,24 @@ class Store:
             if doomed:
                 with self._transaction():
                     self._db.executemany("DELETE FROM tasks WHERE seq = ?", [(seq,) for seq in doomed])
+                    reached("prune_written")
+                reached("prune_committed")
                 self._finished_bytes -= freed
+            self._may_free = bool(doomed)
             return len(doomed)
 
     def _doomed(self) -> tuple[list[int], int]:
         """The tasks to delete, and what they take."""
-        oldest = self._clock.wall() - self._limits.retention_s
+        oldest = self._now() - self._limits.retention_s
+        limit = self._limits.retention_bytes
+        wanted = self._finished_bytes - limit * PRUNED_SHARE if self._finished_bytes > limit else 0
         doomed, freed = [], 0
         rows = self._db.execute(
             "SELECT seq, bytes, finished_at FROM tasks WHERE finished_at IS NOT NULL AND sent != 0 AND logged = 1"
             " AND seq < (SELECT max(seq) FROM tasks) ORDER BY finished_at"
         )
         for seq, size, finished_at in rows:
-            if finished_at >= oldest and self._finished_bytes - freed <= self._limits.retention_bytes:
+            if finished_at >= oldest and freed >= wanted:
                 break
             doomed.append(seq)
             freed += size
@@ -379,49 +524,75 @@ class Store:
     def close(self) -> None:
         """Commit what waits and fold the write-ahead log into the file."""
         with self._lock:
-            self.flush()
-            with contextlib.suppress(sqlite3.Error):
-                self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-            self._db.close()
+            try:
+                if self._failure is None:
+                    with suppress(StorageFull):  # it is done at the next start
+                        self.flush()
+                        reached("checkpoint_due")
+                        self._fold()
+                        reached("checkpoint_made")
+            finally:
+                self._failure = f"{self._path}: closed"
+                self._db.close()
 
     # -- inside
+
+    def _now(self) -> float:
+        """Queue time."""
+        return self._began_at + self._clock.monotonic()
 
     def _mark(self, kind: str, seqs: Iterable[int]) -> None:
         with self._lock:
             self._marks[kind].update(seqs)
+            self._may_free = True
 
     def _write_marks(self) -> None:
-        columns = {"sent": "sent = 1", "logged": "logged = 1", "acked": "unacked = 0"}
+        columns = {"sent": "sent = 1", "aside": "sent = 2", "logged": "logged = 1", "acked": "unacked = 0"}
         for kind, seqs in self._marks.items():
             statement = f"UPDATE tasks SET {columns[kind]} WHERE seq = ?"  # noqa: S608
             self._db.executemany(statement, [(seq,) for seq in seqs])
         self._db.executemany("INSERT OR REPLACE INTO learnt (model, facts) VALUES (?, ?)", self._learnt.items())
 
-    @contextlib.contextmanager
+    @contextmanager
     def _guard(self) -> Iterator[None]:
-        """Errors of SQLite as ours."""
+        """Errors of SQLite as ours; but for a full disk, the first one is the last."""
+        if self._failure is not None:
+            raise StoreError(self._failure)
         try:
-            yield
-        except sqlite3.Error as error:
-            kind = StorageFull if _code(error) == sqlite3.SQLITE_FULL else StoreError
-            raise kind(f"{self._path}: {error}") from error
+            with queue_file.guard(self._path):
+                yield
+        except StorageFull:
+            self._is_full = True
+            raise
+        except StoreError as error:
+            self._failure = str(error)
+            raise
 
-    @contextlib.contextmanager
+    @contextmanager
     def _transaction(self) -> Iterator[None]:
         """All or nothing. The caller holds the lock."""
-        with self._guard():
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                self._write_marks()
-                yield
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
+        if not self._is_folded:
+            self._fold()
+        with self._guard(), queue_file.all_or_nothing(self._db):
+            self._write_marks()
+            yield
+        self._is_full = False
         for seqs in self._marks.values():
             seqs.clear()
         self._learnt.clear()
+        if queue_file.log_bytes(self._path) > FOLD_AT_BYTES:
+            with suppress(StorageFull):  # what was committed is: the log grows for as long as there is room for it
+                self._fold()
+
+    def _fold(self) -> None:
+        """Empty the write-ahead log into the file.
+
+        What an earlier process left in the log may be in the page cache alone: after an fsync that failed, the kernel
+        takes lost pages for written ones. Folding writes all of it anew, before anything is added behind it.
+        """
+        with self._guard():
+            queue_file.fold(self._db)
+        self._is_folded = True
 
     def _row(self, where: str, values: tuple[object, ...]) -> Stored | None:
         return next(self._rows(f"{where} LIMIT 1", values), None)
@@ -435,8 +606,8 @@ class Store:
             ).fetchall()
         for row in rows:
             try:
-                stored = _stored_from_row(row)
-            except (ValueError, TypeError) as error:
+                stored = _stored_from_row(row, self._began_at)
+            except (ValueError, TypeError, OverflowError, RecursionError) as error:
                 self._take_out(row[0], error)
             else:
                 yield stored
@@ -444,11 +615,12 @@ class Store:
     def _take_out(self, seq: int, error: Exception) -> None:
         """A row that a damaged disk has made unreadable leaves all queues, so that the others can be served."""
         log.error("task %d cannot be read from the queue file and is given up: %s", seq, error)
+        self._forget(seq)
         with self._guard():
             self._db.execute(
                 "UPDATE tasks SET src = '', id = seq, state = 'failed', result = '', finished_at = ?, sent = 2,"
                 " logged = 1, unacked = 0 WHERE seq = ?",
-                (self._clock.wall(), seq),
+                (self._now(), seq),
             )
 
     def _remember(self, stored: Stored, size: int) -> None:
@@ -469,157 +641,69 @@ class Store:
                 del self._open_by_src[src]
 
     def _recover(self) -> None:
-        """Carry open tasks over from before: what ran waits again, with its attempt counted."""
-        earlier = "SELECT 1 FROM tasks WHERE result IS NULL AND boot_id != ? LIMIT 1"
-        if self._db.execute(earlier, (self._boot_id,)).fetchone():
-            self._carry_over()
-        if self._db.execute("SELECT 1 FROM tasks WHERE result IS NULL AND state = 'running' LIMIT 1").fetchone():
-            with self._transaction():
-                self._db.execute("UPDATE tasks SET state = 'queued' WHERE result IS NULL AND state = 'running'")
+        """Carry tasks over from before: what ran waits again, with its attempt counted."""
+        is_new_boot = self._take_up_time()
+        with suppress(StorageFull), self._transaction():  # on a full disk they wait all the same
+            if is_new_boot:
+                self._db.execute("DELETE FROM boot")
+                self._db.execute("INSERT INTO boot VALUES (?, ?)", (self._boot_id, self._began_at))
+            self._db.execute("UPDATE tasks SET state = 'queued' WHERE result IS NULL AND state = 'running'")
+            reached("running_recovered")
+        with self._guard():
+            sizes = dict(self._db.execute("SELECT seq, bytes FROM tasks WHERE result IS NULL"))
         for stored in self._rows("result IS NULL ORDER BY seq", ()):
-            self._remember(stored, len(stored.task.to_json().encode()))
-        carried = self._db.execute("SELECT seq FROM tasks WHERE result IS NULL AND synced = 2")
-        self._before_boot = {seq for (seq,) in carried}
-        (finished,) = self._db.execute("SELECT total(bytes) FROM tasks WHERE finished_at IS NOT NULL").fetchone()
+            self._remember(stored, sizes[stored.seq])
+        with self._guard():
+            earlier = "SELECT seq FROM tasks WHERE result IS NULL AND synced = 1 AND boot_id != ?"
+            self._before_boot = {seq for (seq,) in self._db.execute(earlier, (self._boot_id,))}
+            (finished,) = self._db.execute("SELECT total(bytes) FROM tasks WHERE finished_at IS NOT NULL").fetchone()
         self._finished_bytes = int(finished)
 
-    def _carry_over(self) -> None:
-        """Express waiting times of earlier boots in this boot's clock, as far as the machine was seen to be on."""
-        now = self._clock.monotonic()
-        last_seen = dict(self._db.execute("SELECT boot_id, max(accepted_at) FROM tasks GROUP BY boot_id"))
-        rows = self._db.execute(
-            "SELECT seq, boot_id, accepted_at, synced FROM tasks WHERE result IS NULL AND boot_id != ?",
-            (self._boot_id,),
-        ).fetchall()
-        with self._transaction():
-            for seq, row_boot, accepted_at, synced in rows:
-                waited = last_seen[row_boot] - accepted_at
-                self._db.execute(
-                    "UPDATE tasks SET boot_id = ?, accepted_at = ?, synced = ? WHERE seq = ?",
-                    (self._boot_id, now - waited, 2 if synced else 0, seq),
-                )
+    def _take_up_time(self) -> bool:
+        """Have queue time go on; in a new boot, from when the machine was last seen on. Returns whether it is new."""
+        with self._guard():
+            boot = "SELECT began_at FROM boot WHERE boot_id = ? AND began_at BETWEEN -1e12 AND 1e12"
+            known = self._db.execute(boot, (self._boot_id,)).fetchone()
+            (last_seen,) = self._db.execute(LAST_SEEN).fetchone()
+        if known:
+            (self._began_at,) = known
+        elif last_seen is not None:
+            self._began_at = last_seen - self._clock.monotonic()
+        return known is None
 
-    def _count_time_off(self) -> None:
-        """The wall clock is right now: the time that the machine was off counts after all."""
+    def _count_time_off(self, limit: int) -> None:
+        """The wall clock is right now: the time that the machine was off counts after all, for some tasks at a time."""
         now, wall = self._clock.monotonic(), self._clock.wall()
-        carried = [stored for seq in self._before_boot if (stored := self._row("seq = ?", (seq,)))]
+        portion = list(self._one_log_full(islice(self._before_boot, limit)))
+        carried = [stored for seq in portion if (stored := self._row("seq = ?", (seq,)))]
         with self._transaction():
             for stored in carried:
                 accepted_at = min(stored.accepted_at, now - (wall - stored.task.received_at))
-                self._db.execute(
-                    "UPDATE tasks SET accepted_at = ?, synced = 1 WHERE seq = ?", (accepted_at, stored.seq)
-                )
+                counted = (self._began_at + accepted_at, self._boot_id, stored.seq)
+                self._db.execute("UPDATE tasks SET accepted_at = ?, boot_id = ? WHERE seq = ?", counted)
                 if stored.seq in self._ready:
                     self._ready.discard(stored.seq)
                     self._ready.add(replace(stored, accepted_at=accepted_at))
-        self._before_boot.clear()
+        self._before_boot.difference_update(portion)
 
 
-def _open(path: Path) -> sqlite3.Connection:
-    """The database, created or checked; a file that is no database is set aside and a new one begun."""
-    try:
-        return _prepared(path)
-    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # the latter: SQLite quotes damage in its message
-        if isinstance(error, sqlite3.Error) and _code(error) not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-            raise StoreError(f"{path}: {error}") from error
-        aside = _set_aside(path)
-        log.error("the queue file was damaged (%s): moved to %s, starting with an empty queue", error, aside)  # noqa: TRY400
-        return _prepared(path)
-
-
-def _prepared(path: Path) -> sqlite3.Connection:
-    db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-    db.text_factory = _text
-    try:
-        # One process owns the file: SQLite before 3.51.3 can corrupt a WAL that two connections write.
-        db.execute("PRAGMA locking_mode = EXCLUSIVE")
-        (version,) = db.execute("PRAGMA user_version").fetchone()
-        if version > SCHEMA_VERSION:  # asked first: a later version's file is not touched
-            raise StoreTooNew(f"{path}: written by a later version of edge-llm (schema {version}); install that one")
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA synchronous = FULL")  # NORMAL may lose a commit in a power cut
-        db.execute("PRAGMA journal_size_limit = 4194304")
-        if version == 0:
-            db.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
-        if _verdict(db) != "ok":
-            with contextlib.suppress(sqlite3.DatabaseError):
-                db.execute("REINDEX")  # the damage may be in an index alone: it can be made anew
-        if (verdict := _verdict(db)) != "ok":
-            raise _damaged(verdict)
-        if _layout(db) != _layout_as_made():
-            raise _damaged("its tables are not as they were made")
-    except BaseException:
-        db.close()
-        raise
-    return db
-
-
-def _text(data: bytes) -> str:
-    """Text of the file; what a damaged disk has made undecodable reads as empty."""
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        return ""
-
-
-def _code(error: sqlite3.Error) -> int | None:
-    """SQLite's primary code; None when the error is Python's own, such as a closed connection."""
-    code = getattr(error, "sqlite_errorcode", None)
-    return None if code is None else code & 0xFF
-
-
-def _verdict(db: sqlite3.Connection) -> str:
-    """``ok``, or the first thing that is wrong; unlike ``quick_check`` this sees an index that belies its table."""
-    return str(db.execute("PRAGMA integrity_check(1)").fetchone()[0])
-
-
-def _layout(db: sqlite3.Connection) -> list[tuple[str, ...]]:
-    """Every index, and every column of every table."""
-    columns = (
-        "SELECT m.type, m.name, c.name FROM sqlite_master m LEFT JOIN pragma_table_info(m.name) c ORDER BY 1, 2, 3"
-    )
-    return list(db.execute(columns))
-
-
-def _layout_as_made() -> list[tuple[str, ...]]:
-    with contextlib.closing(sqlite3.connect(":memory:")) as db:
-        db.executescript(SCHEMA)
-        return _layout(db)
-
-
-def _damaged(verdict: str) -> sqlite3.DatabaseError:
-    error = sqlite3.DatabaseError(verdict)
-    error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
-    return error
-
-
-def _set_aside(path: Path) -> Path:
-    """Rename the file and its companions; nothing is deleted."""
-    number = next(n for n in range(1, 1_000_000) if not path.with_name(f"{path.name}.corrupt-{n}").exists())
-    for suffix in ("", "-wal", "-shm"):
-        companion = path.with_name(path.name + suffix)
-        if companion.exists():
-            companion.rename(path.with_name(f"{path.name}.corrupt-{number}{suffix}"))
-    return path.with_name(f"{path.name}.corrupt-{number}")
-
-
-def _stored_from_row(row: tuple[Any, ...]) -> Stored:
-    """The only place that turns a row into a record."""
+def _stored_from_row(row: tuple[Any, ...], began_at: float) -> Stored:
+    """The only place that turns a row into a record. ``began_at``: this boot, in queue time."""
     seq, task, state, attempt, preempted, accepted_at, partial, partial_tokens, result = row
     return Stored(
         seq=seq,
         task=Task.from_dict(json.loads(task)),
         state=TaskState(state),
-        attempt=attempt,
-        preempted=preempted,
-        accepted_at=accepted_at,
+        attempt=int(attempt),
+        preempted=int(preempted),
+        accepted_at=float(accepted_at) - began_at,
         partial=partial,
-        partial_tokens=partial_tokens,
+        partial_tokens=int(partial_tokens),
         result=Result.from_dict(json.loads(result)) if result is not None else None,
     )
 
 
-ClassKey = tuple[str, Priority, int]
+ClassKey = tuple[str, Priority, int, tuple[str, ...] | None]
 SLACK = 64
 """So many entries of tasks that no longer wait are always borne with."""
 
@@ -640,12 +724,13 @@ class _ReadyIndex:
         task = stored.task
         # Tasks whose work differs by less than a factor of two are alike to the scheduler.
         work = task.prompt_tokens // 8 + task.max_tokens
-        key = (task.model, task.priority, work.bit_length())
+        key = (task.model, task.priority, work.bit_length(), task.fallback)
         entry = Waiting(
             seq=stored.seq,
             model=task.model,
             priority=task.priority,
             task_type=task.task_type,
+            fallback=task.fallback,
             prompt_tokens=task.prompt_tokens,
             max_tokens=task.max_tokens,
             accepted_at=stored.accepted_at,
@@ -688,7 +773,7 @@ class _ReadyIndex:
 
     def depth(self) -> dict[Priority, int]:
         depth = dict.fromkeys(Priority, 0)
-        for (_, priority, _), count in self._counts.items():
+        for (_, priority, *_), count in self._counts.items():
             depth[priority] += count
         return depth
 
@@ -700,10 +785,10 @@ class _ReadyIndex:
             heapq.heappop(self._expiries)
         return None
 
-    def expired(self, now: float) -> list[int]:
-        """Waiting tasks whose time has passed; they stay in the index until they are discarded."""
+    def expired(self, now: float, limit: int) -> list[int]:
+        """Waiting tasks whose time has passed, at most ``limit``; they stay in the index until they are discarded."""
         due: set[int] = set()
-        while (at := self.next_expiry()) is not None and at <= now:
+        while len(due) < limit and (at := self.next_expiry()) is not None and at <= now:
             due.add(heapq.heappop(self._expiries)[1])
         for seq in due:
             heapq.heappush(self._expiries, (self._live[seq][1].expires_at, seq))

@@ -178,10 +178,13 @@ def test_a_malformed_schema_is_told_with_its_place(its_schema: Any, place: str) 
         (5, {"type": ["string", "null"]}, "answer: not of type string or null"),
         ({"x": 1}, {"additionalProperties": False}, "answer.x: nothing is allowed here"),
         (3, {"maximum": 2}, "answer: beyond the limit of 2"),
+        ({"x" * 99: 1}, {"additionalProperties": False}, f"answer.{'x' * 60}: nothing is allowed here"),
+        ({"x" * 99: 1}, {"properties": {"x" * 99: False}}, f"answer.{'x' * 60}: nothing is allowed here"),
+        ({}, {"required": ["x" * 99]}, f"answer: {'x' * 60} is missing"),
     ],
 )
 def test_a_problem_is_told_with_its_place(value: Any, its_schema: Any, says: str) -> None:
-    """What is wrong with an answer is said in one line that names the place."""
+    """What is wrong with an answer is said in one line that names the place; of a long name there is the beginning."""
     assert problem(value, its_schema) == says
 
 

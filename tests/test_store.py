@@ -20,7 +20,8 @@ import pytest
 
 from edge_daemon.errors import StorageFull, StoreError, StoreTooNew
 from edge_daemon.messages import Added, Priority, Result, Stored, Submission, Task, TaskState
-from edge_daemon.store import SCHEMA_VERSION, SLACK, Limits, Store, Waiting
+from edge_daemon.queue_file import SCHEMA_VERSION, log_bytes
+from edge_daemon.store import SLACK, Limits, Store, Waiting, _stored_from_row
 from tests.fakes import FakeClock
 
 ROOT = Path(__file__).parent.parent
@@ -34,9 +35,12 @@ def a_task(task_id: str = "t1", **fields: Any) -> Task:
     return Task(id=task_id, **usual | {"max_tokens": 100, "prompt_tokens": 8} | fields)
 
 
-def submission(task_id: str = "t1", *, own_id: bool = True, redelivered: bool = False, **fields: Any) -> Submission:
+def submission(
+    task_id: str = "t1", *, own_id: bool = True, redelivered: bool = False, packet_id: int = 7, **fields: Any
+) -> Submission:
     """A submission of `a_task`."""
-    return Submission(task=a_task(task_id, **fields), own_id=own_id, redelivered=redelivered)
+    task = a_task(task_id, **fields)
+    return Submission(task=task, own_id=own_id, redelivered=redelivered, packet_id=packet_id)
 
 
 def a_result(task: Task, text: str = "because", state: TaskState = TaskState.SUCCEEDED, **fields: Any) -> Result:
@@ -165,6 +169,15 @@ def test_one_batch_has_every_outcome(stores: Stores) -> None:
     assert [one.stored is None for one in added] == [outcome == "full" for outcome in outcomes(added)]
 
 
+def test_a_task_of_an_earlier_version_is_known(stores: Stores) -> None:
+    """A task that was stored without a word on whose its options are is known when it comes again, and no conflict."""
+    store = stores.open()
+    accept(store, "t", options={"seed": 1, "top_k": 5}, from_type=("options",))
+    store._db.execute("UPDATE tasks SET hash = ?", (a_task("t").content_hash(),))  # its options were not in it
+    again = submission("t", options={"seed": 1, "top_k": 6}, from_type=("options.top_k",))
+    assert outcomes(store.add_many([again])) == ["known"]
+
+
 def test_an_id_belongs_to_its_sender(store: Store) -> None:
     """Two senders may use the same id for different tasks."""
     added = store.add_many([submission("a", src="one"), submission("a", src="two", prompt="other")])
@@ -191,14 +204,22 @@ def test_urgent_tasks_have_a_reserve(stores: Stores) -> None:
     assert outcomes(store.add_many(batch)) == ["new", "new", "full", "new", "new", "full"]
 
 
+def test_urgent_tasks_have_a_reserve_of_bytes(stores: Stores) -> None:
+    """Of the bytes the same share is for urgent tasks alone: large tasks cannot lock them out."""
+    store = stores.open(max_tasks=4, urgent_reserve=1, max_bytes=20_000)
+    big = "x" * 6_000
+    batch = [submission(f"n{i}", prompt=big) for i in range(3)] + [submission("u", priority=Priority.URGENT)]
+    assert outcomes(store.add_many(batch)) == ["new", "new", "full_of_bytes", "new"]
+
+
 def test_bytes_are_limited_and_freed(stores: Stores) -> None:
     """Open tasks take at most `max_bytes`; what has ended no longer counts, also after a restart."""
     store = stores.open(max_bytes=10_000)
     big = "x" * 6_000
     (first,) = accept(store, "a", prompt=big)
-    assert outcomes(store.add_many([submission("b", prompt=big)])) == ["full"]
+    assert outcomes(store.add_many([submission("b", prompt=big)])) == ["full_of_bytes"]
     store = stores.open(max_bytes=10_000)
-    assert outcomes(store.add_many([submission("b", prompt=big)])) == ["full"]
+    assert outcomes(store.add_many([submission("b", prompt=big)])) == ["full_of_bytes"]
     finish(store, first)
     assert outcomes(store.add_many([submission("b", prompt=big)])) == ["new"]
 
@@ -243,6 +264,40 @@ def test_finished_tasks_make_room_only_when_delivered(stores: Stores) -> None:
     assert [stored.task.id for stored in again.unsent(9)] == ["t3", "t4", "t5"]
 
 
+def test_room_is_made_for_more_than_one(stores: Stores) -> None:
+    """Where finished tasks take all they may, a task costs hardly more commits than with an empty store."""
+    store = stores.open(retention_bytes=60_000)
+    statements: list[str] = []
+    count = 100
+    for n in range(2 * count):
+        if n == count:
+            store._db.set_trace_callback(statements.append)
+        (stored,) = accept(store, f"t{n}", prompt="x" * 500)
+        finish(store, stored)
+        store.mark_sent(stored.seq)
+        store.mark_logged([stored.seq])
+    store._db.set_trace_callback(None)
+    assert statements.count("COMMIT") <= 3.5 * count
+    assert 40_000 < store._finished_bytes <= 62_000
+
+
+def test_where_there_is_no_room_to_make_none_is_looked_for(stores: Stores) -> None:
+    """While undelivered tasks take all the room, a refusal costs no look at them; a delivery makes it worth one."""
+    store = stores.open(retention_bytes=5_000)
+    kept = accept(store, *(f"t{n}" for n in range(3)))
+    for stored in kept:
+        finish(store, stored, "y" * 3_000)
+    assert outcomes(store.add_many([submission("a")])) == ["no_room"]
+    statements: list[str] = []
+    store._db.set_trace_callback(statements.append)
+    assert outcomes(store.add_many([submission("a")])) == ["no_room"]
+    assert not [text for text in statements if "finished_at" in text]
+    for stored in kept[:2]:
+        store.mark_sent(stored.seq)
+        store.mark_logged([stored.seq])
+    assert outcomes(store.add_many([submission("a")])) == ["new"]
+
+
 def test_a_known_task_tells_its_answer_again(store: Store) -> None:
     """A repeated id is answered from the store: the result is unsent again, and nothing waits to run."""
     (first,) = accept(store, "a")
@@ -256,6 +311,18 @@ def test_a_known_task_tells_its_answer_again(store: Store) -> None:
     assert again.stored.result.text == "forty-two"
     assert [stored.seq for stored in store.unsent(10)] == [first.seq]
     assert store.heads() == ()
+
+
+def test_asked_again_while_the_answer_is_on_its_way(store: Store) -> None:
+    """The confirmation of a copy that was sent before the question came again does not count for the one after."""
+    (first,) = accept(store, "a")
+    finish(store, first)
+    assert [stored.seq for stored in store.unsent(10)] == [first.seq]
+    store.add_many([submission("a")])
+    store.mark_sent(first.seq)
+    assert [stored.seq for stored in store.unsent(10)] == [first.seq]
+    store.mark_sent(first.seq)
+    assert store.unsent(10) == []
 
 
 def test_a_known_task_moves_its_reply_to(store: Store, stores: Stores) -> None:
@@ -288,14 +355,40 @@ def test_redelivery_without_own_id_is_not_run_twice(store: Store, stores: Stores
         ({"prompt": "other"}, "new"),
         ({"src": "else"}, "new"),
         ({"own_id": True}, "new"),
+        ({"packet_id": 8}, "new"),
+        ({"reply_to": "reply/elsewhere"}, "new"),
+        ({"correlation": b"42"}, "new"),
         ({}, "known"),
     ],
 )
 def test_only_a_redelivered_twin_is_the_same(store: Store, change: dict[str, Any], outcome: str) -> None:
-    """Without an own id, only an equal text of the same sender that the broker sends again is the same task."""
+    """Without an own id, only an equal text with the same packet id and addresses, sent again, is the same task."""
     store.add_many([submission("gen1", own_id=False)])
     options = {"own_id": False, "redelivered": True} | change
     assert outcomes(store.add_many([submission("gen2", **options)])) == [outcome]
+
+
+def test_equal_texts_are_told_apart(store: Store, stores: Stores) -> None:
+    """Of many equal texts, those that were stored before a kill are known again, and the others are run."""
+    store.add_many([submission(f"gen{number}", own_id=False, packet_id=number) for number in (1, 2, 3)])
+    again = [submission(f"new{number}", own_id=False, packet_id=number, redelivered=True) for number in (2, 3, 4, 5)]
+    assert outcomes(stores.open().add_many(again)) == ["known", "known", "new", "new"]
+
+
+def test_a_packet_id_that_was_freed(store: Store) -> None:
+    """A second text under the same packet id shows that the first was acknowledged: the second is the one known."""
+    store.add_many([submission(task_id, own_id=False) for task_id in ("gen1", "gen2")])
+    (again,) = store.add_many([submission("gen3", own_id=False, redelivered=True)])
+    assert again.stored is not None
+    assert again.stored.task.id == "gen2"
+
+
+def test_what_may_come_again(store: Store, stores: Stores) -> None:
+    """Only a task that has no id of its sender's, and came under a packet id, may be taken for one sent again."""
+    store.add_many([submission("own"), submission("qos 0", own_id=False, packet_id=0)])
+    (added,) = store.add_many([submission("gen1", own_id=False)])
+    assert added.stored is not None
+    assert store.unacked() == stores.open().unacked() == [added.stored.seq]
 
 
 def test_an_acknowledged_text_may_be_sent_again(store: Store, stores: Stores) -> None:
@@ -333,6 +426,16 @@ def test_release_keeps_the_place_and_the_attempt(store: Store) -> None:
     assert (released.state, released.attempt) == (TaskState.QUEUED, 1)
     (head,) = store.heads()
     assert (head.seq, head.count) == (first.seq, 2)
+
+
+def test_what_was_turned_away_has_begun_all_the_same(store: Store) -> None:
+    """Its attempt is forgiven and its runs are not, so that the numbers of its statuses go on rising."""
+    (stored,) = accept(store, "a")
+    for runs in (1, 2):
+        store.claim(stored.seq)
+        turned_away = store.release(stored.seq, counted=False)
+        assert turned_away is not None
+        assert (turned_away.attempt, turned_away.preempted, turned_away.runs) == (0, runs, runs)
 
 
 def test_put_aside_keeps_the_text_and_forgives_the_attempt(store: Store, stores: Stores) -> None:
@@ -623,7 +726,7 @@ def test_sigkill_between_commits_loses_no_accepted_task(tmp_path: Path) -> None:
 
 def expired_ids(store: Store) -> list[str]:
     """The ids of the tasks that are over."""
-    return [stored.task.id for stored in store.expired()]
+    return [stored.task.id for stored in store.expired(9)]
 
 
 def test_a_task_expires_when_its_time_is_over(store: Store, clock: FakeClock) -> None:
@@ -638,6 +741,18 @@ def test_a_task_expires_when_its_time_is_over(store: Store, clock: FakeClock) ->
     store.finish(short.seq, a_result(short.task, state=TaskState.EXPIRED))
     assert expired_ids(store) == []
     assert store.next_expiry() == long.accepted_at + 20
+
+
+def test_expired_tasks_come_in_portions(store: Store, clock: FakeClock) -> None:
+    """They come by number and by size: to finish a portion is one commit, and not a large one."""
+    accept(store, *(f"t{n}" for n in range(15)), prompt="x" * 600_000, ttl_s=10)
+    clock.advance(10)
+    assert [len(store.expired(3)), len(store.expired(99))] == [3, 7]
+    left = 15
+    while due := store.expired(99):
+        left -= len(store.finish_many({it.seq: a_result(it.task, state=TaskState.EXPIRED) for it in due}))
+    assert (left, store.open_count(), store.unsent_count()) == (0, 0, 15)
+    assert store.finish_many({1: a_result(found(store, "t0").task)}) == []
 
 
 def test_a_running_task_does_not_expire(store: Store, clock: FakeClock) -> None:
@@ -738,6 +853,65 @@ def test_time_off_counts_through_two_reboots(store: Store, stores: Stores, clock
     assert again.next_expiry() == clock.monotonic() + 1_000 - 220
 
 
+def test_time_off_is_counted_in_portions(store: Store, stores: Stores, clock: FakeClock) -> None:
+    """After a long time off, thousands of tasks are counted and ended by many small commits, none is overlooked."""
+    accept(store, *(f"t{n}" for n in range(22)), ttl_s=100, received_at=clock.wall())
+    accept(store, "large", prompt="x" * 5_000_000, ttl_s=100, received_at=clock.wall())
+    stores.close()
+    clock.reboot(off_s=5_000)
+    again = stores.open()
+    statements: list[str] = []
+    again._db.set_trace_callback(lambda statement: statements.append(statement.split(" = ")[0]))
+    ended = 0
+    while (at := again.next_expiry()) is not None and at <= clock.monotonic():
+        due = again.expired(5)
+        ended += len(again.finish_many({it.seq: a_result(it.task, state=TaskState.EXPIRED) for it in due}))
+    commits = " ".join(statements).split("COMMIT")
+    assert max(commit.count("UPDATE tasks SET accepted_at") for commit in commits) == 5
+    assert (ended, again.open_count()) == (23, 0)
+
+
+def test_time_off_that_was_counted_stays_so(store: Store, stores: Stores, clock: FakeClock) -> None:
+    """What was counted in one boot is known in the next, before the clock is right again."""
+    accept(store, "a", ttl_s=10_000, received_at=clock.wall())
+    clock.reboot(off_s=5_000)
+    assert expired_ids(stores.open()) == []
+    clock.reboot(off_s=100, boot_id="boot-3")
+    clock.is_synced = False
+    assert stores.open().next_expiry() == clock.monotonic() + 5_000
+
+
+def test_a_reboot_writes_no_row_anew(stores: Stores, clock: FakeClock) -> None:
+    """However much the file holds, a start in a new boot writes a few pages."""
+    store = stores.open()
+    accept(store, *(f"t{n}" for n in range(50)), prompt="x" * 20_000)
+    finish(store, found(store, "t7"))
+    for boot_id in ("boot-2", "boot-3"):
+        stores.close()
+        clock.reboot(boot_id=boot_id)
+        assert stores.open().open_count() == 49
+        assert log_bytes(stores.path) < 50_000
+
+
+@pytest.mark.parametrize(
+    "damage", ["DELETE FROM boot", "UPDATE boot SET began_at = 'x'", "UPDATE boot SET began_at = 9e999"]
+)
+@pytest.mark.parametrize("boot_id", ["boot-1", "boot-2"])
+def test_a_damaged_boot(store: Store, stores: Stores, clock: FakeClock, damage: str, boot_id: str) -> None:
+    """Where it is not known when this boot began, tasks go on from the age at which they were last seen."""
+    accept(store, "a", ttl_s=100)
+    clock.advance(30)
+    accept(store, "witness", ttl_s=1_000)
+    store._db.execute(damage)
+    stores.close()
+    clock.reboot(boot_id=boot_id)
+    clock.is_synced = False
+    again = stores.open()
+    assert again.next_expiry() == clock.monotonic() + 70
+    clock.advance(10)
+    assert stores.open().next_expiry() == clock.monotonic() + 60
+
+
 def test_a_task_accepted_at_a_wrong_time_keeps_its_time(store: Store, stores: Stores, clock: FakeClock) -> None:
     """What was accepted while the clock was wrong is not judged by a later right one."""
     clock.is_synced = False
@@ -778,6 +952,22 @@ def test_outbox_is_oldest_first_limited_and_skips(store: Store) -> None:
     store.mark_sent(seqs[1])
     assert [one.seq for one in store.unsent(9, skip=[seqs[0]])] == seqs[2:]
     assert store.unsent_count() == 3
+
+
+def test_the_outbox_reads_only_what_it_gives(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many results are marked as sent and not flushed, only those that are given out are read in whole."""
+    stored = accept(store, *(f"t{number}" for number in range(50)))
+    store.finish_many({one.seq: a_result(one.task) for one in stored})
+    for one in stored[:40]:
+        store.mark_sent(one.seq)
+    read: list[int] = []
+
+    def reading(row: tuple[Any, ...], began_at: float) -> Stored:
+        read.append(row[0])
+        return _stored_from_row(row, began_at)
+
+    monkeypatch.setattr("edge_daemon.store._stored_from_row", reading)
+    assert [one.seq for one in store.unsent(3, skip=[stored[40].seq])] == read == [one.seq for one in stored[41:44]]
 
 
 def test_unsent_count_is_right_whatever_is_marked(store: Store) -> None:
@@ -850,8 +1040,8 @@ def test_a_failed_commit_keeps_the_marks(stores: Stores) -> None:
     assert stores.open().unsent(9) == []
 
 
-def test_set_aside_leaves_the_outbox_for_good(store: Store, stores: Stores) -> None:
-    """A result that cannot be delivered leaves the outbox, is still found, and counts as dealt with."""
+def test_what_is_set_aside_may_be_offered_again(store: Store, stores: Stores) -> None:
+    """A result that cannot be delivered leaves the outbox and is still found; another start may offer it once more."""
     (stored,) = accept(store, "a")
     finish(store, stored)
     store.set_aside(stored.seq)
@@ -859,6 +1049,17 @@ def test_set_aside_leaves_the_outbox_for_good(store: Store, stores: Stores) -> N
     again = stores.open()
     assert again.unsent(9) == []
     assert found(again, "a").result is not None
+    assert (again.offer_again(), again.offer_again()) == (1, 0)
+    assert [it.seq for it in again.unsent(9)] == [stored.seq]
+
+
+def test_a_damaged_row_is_not_offered_again(store: Store) -> None:
+    """A row that was taken out because it cannot be read stays out."""
+    (stored,) = accept(store, "a")
+    finish(store, stored)
+    store._db.execute("UPDATE tasks SET result = 'no JSON'")
+    assert store.unsent(9) == []
+    assert store.offer_again() == 0
 
 
 def test_unlogged_tells_what_the_log_may_lack(store: Store, stores: Stores) -> None:
@@ -866,10 +1067,10 @@ def test_unlogged_tells_what_the_log_may_lack(store: Store, stores: Stores) -> N
     first, second, _ = accept(store, "a", "b", "open")
     finish(store, second)
     finish(store, first)
-    assert [one.seq for one in store.unlogged()] == [first.seq, second.seq]
+    assert store.unlogged() == [first.seq, second.seq]
     store.mark_logged([first.seq])
-    assert [one.seq for one in store.unlogged()] == [second.seq]
-    assert [one.seq for one in stores.open().unlogged()] == [second.seq]
+    assert store.unlogged() == [second.seq]
+    assert stores.open().unlogged() == [second.seq]
 
 
 def test_learnt_is_replaced_and_kept(store: Store, stores: Stores) -> None:
@@ -904,6 +1105,23 @@ def test_prune_deletes_only_what_is_over(stores: Stores, clock: FakeClock) -> No
     assert store.prune() == 2
     assert [task_id for task_id in ids if store.find("_", task_id) is None] == ["sent", "aside"]
     assert store.prune() == 0
+
+
+def test_retention_goes_on_over_boots(stores: Stores, clock: FakeClock) -> None:
+    """A finished task keeps the age at which it was last seen, in each new boot."""
+    for boot_id in ("boot-1", "boot-2", "boot-3"):
+        clock.reboot(boot_id=boot_id)
+        store = stores.open(retention_s=100)
+        if boot_id == "boot-1":
+            ended, _ = accept(store, "a", "b")
+            finish(store, ended)
+            store.mark_sent(ended.seq)
+            store.mark_logged([ended.seq])
+        clock.advance(30)
+        assert store.prune() == 0
+        accept(store, f"witness of {boot_id}")
+    clock.advance(11)
+    assert stores.open(retention_s=100).prune() == 1
 
 
 def test_a_seq_is_never_given_twice(stores: Stores, clock: FakeClock) -> None:
@@ -1039,7 +1257,7 @@ class Walk:
             for seq in self.naive._seqs("queued")
             if self.naive.accepted_at[seq] + self.naive.tasks[seq].ttl_s <= self.clock.monotonic()
         ]
-        assert [stored.seq for stored in self.store.expired()] == over
+        assert [stored.seq for stored in self.store.expired(len(over) + 1)] == over
         for seq in over:
             self.store.finish(seq, a_result(self.naive.tasks[seq], state=TaskState.EXPIRED))
             self.naive._end(seq)
@@ -1115,8 +1333,9 @@ def test_no_statement_reads_the_whole_table(store: Store, clock: FakeClock) -> N
     store.unsent_count()
     store.unlogged()
     store.find_open("a")
+    store.unacked()
     clock.advance(2 * DAY_S)
-    store.expired()
+    store.expired(9)
     store.prune()
     clock.advance(YEAR_S)
     store.prune()
@@ -1129,7 +1348,7 @@ def test_no_statement_reads_the_whole_table(store: Store, clock: FakeClock) -> N
         plans += "\n".join(steps)
         for step in steps:
             partial_index = "SCAN tasks USING" in step and any(
-                name in step for name in ("tasks_open", "tasks_unsent", "tasks_unlogged")
+                name in step for name in ("tasks_open", "tasks_unsent", "tasks_unlogged", "tasks_unacked")
             )
             assert partial_index or not step.startswith("SCAN tasks"), (text, step)
             assert "TEMP B-TREE" not in step, (text, step)
@@ -1180,7 +1399,7 @@ def _text_file(_data: bytes) -> bytes:
 def test_a_damaged_file_is_set_aside(
     stores: Stores, caplog: pytest.LogCaptureFixture, damage: Callable[[bytes], bytes]
 ) -> None:
-    """A file that is no sound database is moved away as it is, with a word in the log, and an empty queue begun."""
+    """A file that is no sound database is moved away as it is, with a word in the log, and a new one begun."""
     _some_tasks(stores)
     broken = damage(stores.path.read_bytes())
     stores.path.write_bytes(broken)
@@ -1188,9 +1407,10 @@ def test_a_damaged_file_is_set_aside(
     aside = stores.path.with_name("queue.db.corrupt-1")
     assert aside.read_bytes() == broken
     assert str(aside) in caplog.text
-    assert store.open_count() == 0
+    assert store.damage is not None
+    assert store.damage.saved >= store.open_count()
     accept(store, "a")
-    assert waiting_ids(stores.open()) == ["a"]
+    assert waiting_ids(stores.open())[-1] == "a"
 
 
 def test_each_damaged_file_gets_its_own_name(stores: Stores) -> None:
@@ -1222,7 +1442,7 @@ def test_any_damage_lets_the_store_start(stores: Stores) -> None:
         stores.path.write_bytes(broken)
         store = stores.open()
         accept(store, "fresh")
-        for stored in (*store.unsent(99), *store.unlogged()):
+        for stored in (*store.unsent(99), *filter(None, map(store.get, store.unlogged()))):
             assert stored.result is not None
         kept += len(waiting_ids(store)) > 1
         store.find("_", "t3")
@@ -1230,7 +1450,7 @@ def test_any_damage_lets_the_store_start(stores: Stores) -> None:
 
 
 @pytest.mark.parametrize("column", ["task", "state", "result"])
-@pytest.mark.parametrize("junk", ["'{'", "CAST(x'80ff' AS TEXT)", "'[]'"])
+@pytest.mark.parametrize("junk", ["'{'", "CAST(x'80ff' AS TEXT)", "'[]'", f"'{'[' * 99_999}{']' * 99_999}'"])
 def test_an_unreadable_row_harms_no_other(stores: Stores, column: str, junk: str) -> None:
     """A task that the disk has made unreadable is given up with a word in the log; all others are served."""
     store = stores.open()
@@ -1244,10 +1464,27 @@ def test_an_unreadable_row_harms_no_other(stores: Stores, column: str, junk: str
     db.close()
     again = stores.open()
     assert [stored.task.id for stored in again.unsent(9)] == ([] if victim == "a" else ["a"])
-    assert [stored.task.id for stored in again.unlogged()] == ([] if victim == "a" else ["a"])
+    assert again.unlogged() == ([] if victim == "a" else [ended.seq])
     assert again.find("_", victim) is None
     assert waiting_ids(again) == (["b", "c"] if victim == "a" else ["c"])
     assert outcomes(again.add_many([submission(victim)])) == ["new"]  # its sender may try again
+
+
+def test_a_number_that_none_is(stores: Stores) -> None:
+    """An infinite number of attempts makes a row unreadable too."""
+    store = stores.open()
+    accept(store, "a", "b")
+    store._db.execute("UPDATE tasks SET attempt = 9e999 WHERE id = 'a'")
+    assert waiting_ids(stores.open()) == ["b"]
+
+
+def test_a_row_that_becomes_unreadable_while_it_waits(store: Store, clock: FakeClock) -> None:
+    """It leaves all queues at once: nothing asks for it again and again."""
+    accept(store, "a", ttl_s=10)
+    store._db.execute("UPDATE tasks SET task = '{'")
+    clock.advance(10)
+    assert store.expired(9) == []
+    assert (store.heads(), store.next_expiry(), store.open_count()) == ((), None, 0)
 
 
 def test_a_damaged_index_is_made_anew(stores: Stores, caplog: pytest.LogCaptureFixture) -> None:
