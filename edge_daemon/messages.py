@@ -78,8 +78,14 @@ class Record:
             raise ValueError(f"{cls.__name__}: {data!r} is not an object")
         if unknown := set(data) - set(hints):
             raise ValueError(f"{cls.__name__}: unknown field {min(unknown)!r}")
+        fitting = _fitting(cls)  # type: ignore[arg-type]  # the same
         try:
-            return cls(**{name: _typed(value, hints[name]) for name, value in data.items()})
+            return cls(
+                **{
+                    name: value if type(value) in fitting[name] else _typed(value, hints[name])
+                    for name, value in data.items()
+                }
+            )
         except TypeError as error:
             raise ValueError(f"{cls.__name__}: {error}") from error
 
@@ -120,6 +126,19 @@ def _parts(hint: Hashable) -> tuple[bool, Any, Any]:
     if optional:
         hint = next(member for member in typing.get_args(hint) if member is not type(None))
     return optional, hint, typing.get_origin(hint) or hint
+
+
+@cache
+def _fitting(cls: Hashable) -> dict[str, frozenset[type]]:
+    """The types that the value of each field may have as it came from JSON, with nothing to convert or to look at."""
+    return {name: _types_as_they_are(hint) for name, hint in _hints(cls).items()}
+
+
+def _types_as_they_are(hint: Any) -> frozenset[type]:
+    if hint is Any:
+        return _AS_IT_IS | {list, type(None)}
+    optional, _, origin = _parts(hint)
+    return frozenset(({origin} & _AS_IT_IS) | ({type(None)} if optional else set()))
 
 
 def _typed(value: Any, hint: Any) -> Any:
@@ -172,7 +191,10 @@ class Address:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Task(Record):
-    """A task as it was accepted. Exactly one of ``prompt`` and ``messages`` is set."""
+    """A task as it was accepted. Exactly one of ``prompt`` and ``messages`` is set.
+
+    It is stored: a field that comes or goes is a new ``queue_file.SCHEMA_VERSION``. The same holds for ``Result``.
+    """
 
     id: str
     src: str = ANONYMOUS
@@ -180,6 +202,12 @@ class Task(Record):
     messages: tuple[Message, ...] = ()
     system: str | None = None
     task_type: str | None = None
+    data: dict[str, Any] | None = None
+    """What the template of its type was filled with."""
+    from_type: tuple[str, ...] = ()
+    """The fields that its type has set, and of the options each of its own: ``options.top_k``."""
+    fallback: tuple[str, ...] | None = None
+    """The models that may answer instead, by its type; None leaves it to the model's settings."""
     model: str
     """The model that is to answer, as configured or asked for."""
     model_requested: str | None = None
@@ -215,15 +243,24 @@ class Task(Record):
     def content_hash(self) -> bytes:
         """32 bytes, equal for two submissions that ask for the same thing.
 
-        Where to answer and how long to wait are not part of what is asked: a retry may differ in both.
+        Where to answer and how long to wait are not part of what is asked: a retry may differ in both. Neither is what
+        the configuration adds, which may have changed since.
         """
         data = self.to_dict()
         for name in _NOT_CONTENT:
             del data[name]
+        data |= {name: _UNSTATED[name] for name in self.from_type if name in _UNSTATED}
+        data["options"] = {
+            name: value for name, value in data["options"].items() if f"options.{name}" not in self.from_type
+        }
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).digest()
 
 
-_NOT_CONTENT = ("id", "src", "ttl_s", "reply_to", "correlation", "received_at", "model", "max_tokens")
+_NOT_CONTENT = (
+    *("id", "src", "ttl_s", "reply_to", "correlation", "received_at"),
+    *("model", "max_tokens", "prompt_tokens", "from_type", "fallback"),
+)
+_UNSTATED: dict[str, Any] = {"prompt": None, "system": None, "format": None, "priority": "normal"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,6 +275,24 @@ class Failure(Record):
     def of(cls, error: Rejected | ModelError) -> Self:
         """The failure that ``error`` stands for."""
         return cls(code=error.code, message=str(error), retryable=error.retryable)
+
+    @property
+    def unquoting(self) -> str:
+        """For a log line: the message where it is Ollama's or ours, else the code, and the field if we named it.
+
+        All else may quote what the sender wrote, such as a prompt, or what the model did.
+        """
+        if self.code in _UNQUOTING:
+            return f"{self.code}: {self.message}"
+        field, is_named, _ = self.message.partition(": ")
+        return f"{self.code} ({field})" if is_named and self.code == "invalid_field" else self.code
+
+
+def _codes(kind: type[ModelError]) -> set[str]:
+    return {kind.code}.union(*map(_codes, kind.__subclasses__()))
+
+
+_UNQUOTING = {"crash_loop"} | _codes(ModelError)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -324,11 +379,17 @@ class Event(Record):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Submission:
-    """A task on its way in. ``own_id``: its sender chose the id; ``redelivered``: the broker sends it again."""
+    """A task on its way in. ``own_id``: its sender chose the id; ``redelivered``: the broker sends it again.
+
+    ``packet_id``: under which the broker sends it again until it has our PUBACK; 0: it will not.
+    ``only_known``: it could not be taken now, but may be one that was taken before.
+    """
 
     task: Task
     own_id: bool = True
     redelivered: bool = False
+    packet_id: int = 0
+    only_known: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -356,8 +417,9 @@ class Stored:
 class Added:
     """What became of a submission.
 
-    ``new``, ``known`` (the same content), ``conflict`` (other content), or a limit: ``full``, ``full_for_src``,
-    ``no_room``.
+    ``new``, ``known`` (the same content), ``conflict`` (other content), ``unknown`` (and only a known one was wanted),
+    or a limit: ``full``, ``full_of_bytes``, ``full_for_src``, ``no_room`` (results that nobody fetched), ``unlogged``
+    (no row in the log).
     """
 
     outcome: str
@@ -379,11 +441,16 @@ class Incoming:
     reply_to: str | None = None
     correlation: bytes | None = None
     redelivered: bool = False
+    packet_id: int = 0
+    """Under which the broker sends it again until it has our PUBACK; 0: it will not."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Accepted:
-    """The task is on the disk. ``result``: it is an old acquaintance and has its answer already."""
+    """The task is on the disk. ``result``: it is an old acquaintance and has its answer already.
+
+    ``in_outbox``: the store's outbox holds that answer; if not, there was no room to note that it is wanted again.
+    """
 
     address: Address
     seq: int
@@ -391,6 +458,7 @@ class Accepted:
     own_id: bool
     status: Status
     result: Result | None = None
+    in_outbox: bool = True
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

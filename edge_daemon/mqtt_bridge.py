@@ -1,36 +1,25 @@
-"""MQTT in and out: the only file that knows topics and paho.
+"""MQTT in and out: the only file that knows topics.
 
-Three threads. ``mqtt-net`` owns the socket: one paho client per connection, so that nothing of a lost connection
-(packet ids, acknowledgements, paho's own queue) can leak into the next. ``mqtt-intake`` reads what arrived, commits it
-in groups and acknowledges in the order of arrival. ``mqtt-publisher`` sends: at most a window of unconfirmed messages,
-and only while connected; all else waits in the store's outbox. Callbacks of paho only put on a queue.
+Three threads. ``mqtt-net`` owns the connection, one after the other. ``mqtt-intake`` reads what arrived, commits it in
+groups and acknowledges in the order of arrival. ``mqtt-publisher`` sends: at most a window of unconfirmed messages, and
+only while connected; all else waits in the store's outbox. What the network thread hears it only puts on a queue.
 """
 
 import logging
 import random
 import re
-import socket
-import ssl
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from queue import Empty, SimpleQueue
-from socket import SHUT_RDWR
-from typing import Any, Self
+from typing import Any
 
-from paho.mqtt.client import MQTT_ERR_SUCCESS, Client, MQTTMessage
-from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
-from paho.mqtt.packettypes import PacketTypes
-from paho.mqtt.properties import Properties
-from paho.mqtt.reasoncodes import ReasonCode
-from paho.mqtt.subscribeoptions import SubscribeOptions
-
-from edge_daemon.config import Config
-from edge_daemon.errors import Rejected, StorageFull
+from edge_daemon.config import SENDER, Config
+from edge_daemon.errors import ConfigError, Rejected, shown
+from edge_daemon.journal import Kind, about
 from edge_daemon.messages import (
     ANONYMOUS,
     Accepted,
@@ -44,24 +33,37 @@ from edge_daemon.messages import (
     TaskState,
     compact,
 )
+from edge_daemon.mqtt_connection import UNACKNOWLEDGED, Arrival, Connection, TooLarge, Version, check_tls
+from edge_daemon.steps import reached
 
 log = logging.getLogger(__name__)
 
-WINDOW = 20
-"""Unconfirmed messages at most; a broker may allow fewer (Receive Maximum)."""
 GROUP = 64
 """Tasks committed together at most."""
-ANSWER_S = 5.0
-"""How long a broker may take to answer a connection that it has let be made."""
-BEAT_S = 5.0
+OVERRUN = 300
+"""So many unacknowledged messages show a broker that does not respect our Receive Maximum, and a flood."""
+UNREAD_BYTES = 1 << 20
+"""Messages that have come and are not read yet: beyond it we stop listening, and TCP makes the broker wait."""
+ARRIVAL_BYTES = 1024
+"""What a message takes besides its payload."""
+BEAT_S = 15.0
 """The longest that a thread here waits before it shows that it lives."""
-STRIKES = 3
-"""A result whose sending ends the connection this often, sent alone, is set aside."""
-MEMORY = 1000
-"""Status messages and events kept for sending at most; results are kept by the store."""
-
-UNSUPPORTED_VERSION = 132
-"""The reason code of a broker that does not speak MQTT 5."""
+STRIKES = 4
+"""A result is set aside when so many times in a row the broker ended the connection as soon as it was sent, alone."""
+BLAME_S = 2.0
+"""A broker that ends the connection over a message does so within this time."""
+MAX_BACKLOG = 1000
+"""Status messages, events and refusals of QoS 0 tasks kept for sending at most; results are kept by the store."""
+MAX_REPLAYS = 1000
+"""Retained tasks that are known to have been refused."""
+REFUSALS, REFUSALS_S = 50, 10.0
+"""So many refusals in so many seconds have a line each; of the others the number is told."""
+STEADY_S = 10.0
+"""A connection that lasted less is a short one."""
+SHORT_ONES = 6
+"""Short connections in a row before the pauses grow: finding a poisonous result takes a few."""
+REPORT_S = 60.0
+"""While there is no connection, a new reason for that is written at most this often."""
 
 LEVEL = re.compile(r"[A-Za-z0-9_.:-]+")
 MAX_TOPIC_BYTES = 256
@@ -100,37 +102,51 @@ class Topics:
             problem = f"longer than {MAX_TOPIC_BYTES} bytes or {MAX_LEVELS} levels"
         elif not all(LEVEL.fullmatch(level) for level in levels):
             problem = "a level is empty or has a character outside A-Z a-z 0-9 _ . : -"
-        elif not topic.startswith((f"{self.root}/reply/{src}/", *prefixes)):
-            problem = f"allowed are {self.root}/reply/{src}/... and {', '.join(prefixes) or 'nothing else'}"
+        elif not topic.startswith((own := f"{self.root}/reply/{src}/", *_of_sender(prefixes, src))):
+            problem = f"allowed are {own}... and {', '.join(_of_sender(prefixes, src)) or 'nothing else'}"
         else:
             return
         raise Rejected("forbidden_reply_topic", f"reply_to: {problem}")
+
+
+def _of_sender(prefixes: Iterable[str], src: str) -> tuple[str, ...]:
+    return tuple(prefix.replace(SENDER, src) for prefix in prefixes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Handlers:
     """What the bridge asks of the rest of the daemon; it does not know who answers."""
 
-    submit: Callable[[Sequence[Incoming]], list[Accepted | Refused]]
+    submit: Callable[[Sequence[Incoming], Callable[[], None]], list[Accepted | Refused]]
+    """Calls the second before it looks at each of the first: one may take long, and all of them much longer."""
     refuse: Callable[[Incoming, str, str], Refused]
-    cancel: Callable[[str | None, str], None]
+    cancel: Callable[[str | None, str], bool]
+    """Whether there was a task to end."""
     known: Callable[[str, str], bool]
     unsent: Callable[[int, Iterable[int]], list[Stored]]
     mark_sent: Callable[[int], None]
     set_aside: Callable[[int], None]
+    unacked: Callable[[], list[int]]
+    """Tasks without an id of their sender's that the broker may send again."""
     mark_acked: Callable[[Iterable[int]], None]
+    """It will not."""
     on_event: Callable[[str, str, dict[str, Any]], None]
     """Type, severity and data of something worth telling."""
+    on_end: Callable[[], None] = lambda: None
+    """A thread of the bridge has ended, in whatever way."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Delivery:
     """Publications that are confirmed together: the parts of one result."""
 
-    done: Callable[[bool], None]
+    done: Callable[[str], None]
+    """Told in the end why the broker does not have it; an empty text when it has."""
     seq: int | None = None
     parts: int = 0
-    refused: bool = False
+    refusal: str = ""
+    owed: bool = True
+    """Somebody waits for it whom we have not acknowledged."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -149,19 +165,34 @@ class _Publication:
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class _Arrival:
-    """A message that came in, and what is still to be done before it may be acknowledged."""
+class _Pending:
+    """A message that has come, and what is still to be done before it may be acknowledged."""
 
-    connection: "_Connection"
-    mid: int
-    qos: int
-    topic: str
-    payload: bytes
-    retain: bool
-    redelivered: bool
-    properties: Properties | None
+    arrival: Arrival
     answered: bool = False
     unacked_seq: int | None = None
+
+
+class _Backlog:
+    """How much has come and is not read yet."""
+
+    def __init__(self) -> None:
+        self._bytes = 0
+        self._changed = threading.Condition()
+
+    def add(self, arrival: Arrival) -> None:
+        with self._changed:
+            self._bytes += len(arrival.payload) + ARRIVAL_BYTES
+
+    def remove(self, arrivals: Iterable[Arrival]) -> None:
+        with self._changed:
+            self._bytes -= sum(len(arrival.payload) + ARRIVAL_BYTES for arrival in arrivals)
+            self._changed.notify_all()
+
+    def wait_for_room(self, timeout_s: float) -> bool:
+        """Whether there is room by then."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._bytes <= UNREAD_BYTES, timeout_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,16 +207,23 @@ class _Shared:
     """We have said goodbye: an ``offline`` from now on is our own."""
     stopping: threading.Event = field(default_factory=threading.Event)
     holding: threading.Event = field(default_factory=threading.Event)
-    inbox: "SimpleQueue[_Arrival | _Wake]" = field(default_factory=SimpleQueue)
+    inbox: "SimpleQueue[Arrival | _Wake]" = field(default_factory=SimpleQueue)
     """For the intake."""
-    mail: SimpleQueue[Any] = field(default_factory=SimpleQueue)
+    unread: _Backlog = field(default_factory=_Backlog)
+    """What is in the inbox."""
+    mail: "SimpleQueue[_Mail]" = field(default_factory=SimpleQueue)
     """For the publisher."""
 
 
 class MqttBridge:
-    """The daemon's side of MQTT. Any thread may call it; only ``flush`` and ``stop`` wait for the network."""
+    """The daemon's side of MQTT. Any thread may call it; only ``flush`` and ``stop`` wait for the network.
+
+    Raises:
+        ConfigError: a certificate or key of ``mqtt.tls`` cannot be used.
+    """
 
     def __init__(self, config: Config, handlers: Handlers, *, password: str | None = None) -> None:
+        check_tls(config)
         self.topics = Topics(config.topic_root)
         shared = _Shared(config=config, topics=self.topics, handlers=handlers, password=password)
         self._shared = shared
@@ -212,7 +250,7 @@ class MqttBridge:
     def protocol(self) -> str | None:
         """``5`` or ``3.1.1`` of the present connection."""
         connection = self._publisher.connection
-        return connection.protocol_name if connection else None
+        return connection.version if connection else None
 
     # -- what others publish
 
@@ -252,14 +290,18 @@ class MqttBridge:
         self._mail.put(_Flush(flushed))
         return flushed.wait(timeout_s)
 
-    def stop(self, timeout_s: float) -> None:
-        """Say goodbye (``offline``, retained), disconnect and end the threads; if we cannot say it, the will does."""
-        self._shared.leaving.set()
-        self._mail.put(_Publication(topic=self.topics.availability, payload=b"offline", retain=True))
-        whole = self.connected and all(thread.is_alive() for thread in self.threads)
+    def stop(self, timeout_s: float, *, farewell: bool = True) -> None:
+        """Say goodbye (``offline``, retained), disconnect and end the threads; if we cannot say it, the will does.
+
+        Without ``farewell`` we stay marked as online, because we will be back at once.
+        """
+        if farewell:
+            self._shared.leaving.set()
+            self._mail.put(_Publication(topic=self.topics.availability, payload=b"offline", retain=True))
+        whole = self.connected and self._network.is_alive() and self._publisher.is_alive()
         said = whole and self.flush(timeout_s)
         self._shared.stopping.set()
-        self._network.disconnect(cleanly=said)
+        self._network.disconnect(cleanly=said or (whole and not farewell))
         self._mail.put(_Wake())
         self._shared.inbox.put(_Wake())
         for thread in self.threads:
@@ -282,12 +324,14 @@ class _Flush:
 
 @dataclass(frozen=True, slots=True)
 class _Connected:
-    connection: "_Connection"
+    connection: Connection
+    quietly: bool
+    """Those before it did not last: it is not worth a line."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Lost:
-    connection: "_Connection"
+    connection: Connection
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,7 +341,7 @@ class _SubscriptionRefused:
 
 @dataclass(frozen=True, slots=True)
 class _Confirmed:
-    connection: "_Connection"
+    connection: Connection
     mid: int
     refusal: str | None
 
@@ -306,8 +350,18 @@ class _Confirmed:
 class _Acknowledged:
     """The PUBACK of this task, which has no id of its sender's, is on its way."""
 
-    connection: "_Connection"
+    connection: Connection
     seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """A result that no outbox holds, such as a refusal."""
+
+    parts: list[_Publication]
+
+
+_Mail = _Publication | _Answer | _Confirmed | _Acknowledged | _Connected | _Lost | _SubscriptionRefused | _Wake | _Flush
 
 
 class _Thread(threading.Thread):
@@ -328,6 +382,8 @@ class _Thread(threading.Thread):
         except Exception:
             # Nobody above could handle it: main sees the thread is gone and ends the process.
             log.exception("thread %s failed", self.name)
+        finally:
+            self.shared.handlers.on_end()
 
     def work(self) -> None:
         raise NotImplementedError
@@ -336,198 +392,100 @@ class _Thread(threading.Thread):
 # -- thread mqtt-net: the socket -------------------------------------------------------------------------------------
 
 
-class _Connection:
-    """One connection to the broker, from CONNECT to its end. Never reused."""
-
-    def __init__(self, shared: _Shared, protocol: MQTTProtocolVersion, beat: Callable[[], None]) -> None:
-        self._shared = shared
-        self._config = shared.config
-        self._beat = beat
-        self.is_v5 = protocol == MQTTProtocolVersion.MQTTv5
-        self.protocol_name = "5" if self.is_v5 else "3.1.1"
-        self.reached = False
-        self.accepted = False
-        self.ended = False
-        self.refusal: ReasonCode | None = None
-        self.window = WINDOW
-        self.max_packet_bytes = self._config.mqtt.max_packet_bytes
-        self.client = self._new_client(protocol)
-
-    def _new_client(self, protocol: MQTTProtocolVersion) -> Client:
-        mqtt = self._config.mqtt
-        # The id is fixed: the broker keeps the session of this id, with what came in, while we are away.
-        client = Client(
-            CallbackAPIVersion.VERSION2,
-            client_id=mqtt.client_id or f"edge-llm-{self._config.node_name}",
-            clean_session=None if self.is_v5 else False,
-            protocol=protocol,
-            manual_ack=True,
-        )
-        client.suppress_exceptions = True
-        if mqtt.username is not None:
-            client.username_pw_set(mqtt.username, self._shared.password)
-        if mqtt.tls.enabled:
-            client.tls_set_context(_tls_context(self._config))
-        # A short break is not worth an alarm: with MQTT 5 the broker waits before it publishes the will.
-        will = _properties(PacketTypes.WILLMESSAGE, WillDelayInterval=8) if self.is_v5 else None
-        client.will_set(self._shared.topics.availability, b"offline", qos=1, retain=True, properties=will)
-        client.on_connect = self._on_connect
-        client.on_message = self._on_message
-        client.on_publish = self._on_publish
-        client.on_subscribe = self._on_subscribe
-        client.on_socket_open = _send_at_once
-        # With this set, paho leaves all writing to the thread that calls loop().
-        client.on_socket_register_write = _leave_it_to_the_loop
-        return client
-
-    def run(self) -> str:
-        """Connect and serve until the connection ends. Returns why it ended."""
-        try:
-            self._connect()
-            self.reached = True
-            answer_by = time.monotonic() + ANSWER_S
-            while (code := self.client.loop(timeout=BEAT_S)) == MQTT_ERR_SUCCESS and self.refusal is None:
-                self._beat()
-                if not self.accepted and time.monotonic() > answer_by:
-                    return f"no answer within {ANSWER_S:g} s"
-        except (OSError, ValueError) as error:
-            return str(error)
-        finally:
-            self._end()
-        return str(self.refusal) if self.refusal is not None else f"connection lost ({code.name.lower()})"
-
-    def _end(self) -> None:
-        self.ended = True
-        self.client.disconnect()
-        self.client.loop(timeout=0)
-        # Without its callbacks nothing holds the client in a circle, and its sockets go with it.
-        self.client.on_connect = self.client.on_message = self.client.on_publish = self.client.on_subscribe = None
-        self._shared.mail.put(_Lost(self))
-
-    def _connect(self) -> None:
-        mqtt = self._config.mqtt
-        if self.is_v5:
-            lasting = _properties(PacketTypes.CONNECT, SessionExpiryInterval=mqtt.session_expiry_s)
-            self.client.connect(mqtt.host, mqtt.port, mqtt.keepalive_s, clean_start=False, properties=lasting)
-        else:
-            self.client.connect(mqtt.host, mqtt.port, mqtt.keepalive_s)
-
-    # Callbacks of paho: an exception here would end the network thread, so they hand over and return.
-
-    def _on_connect(
-        self, _client: Client, _userdata: Any, _flags: Any, reason: ReasonCode, properties: Properties | None
-    ) -> None:
-        if reason.is_failure:
-            self.refusal = reason
-            return
-        self.accepted = True
-        self.window = min(WINDOW, getattr(properties, "ReceiveMaximum", WINDOW))
-        self.max_packet_bytes = min(self.max_packet_bytes, getattr(properties, "MaximumPacketSize", 1 << 28))
-        self._subscribe()
-        self._shared.mail.put(_Connected(self))
-
-    def _subscribe(self) -> None:
-        """Always, although the session remembers: a broker that lost it needs to be told again."""
-        root = self._shared.topics.root
-        filters = [f"{root}/task/#", f"{root}/cancel/#", f"{root}/availability"]
-        if not self.is_v5:
-            self.client.subscribe([(name, 1) for name in filters])
-            return
-        # A retained task must not run again at every connect: do not send it, and show the flag on live ones.
-        options = SubscribeOptions(qos=1, retainAsPublished=True, retainHandling=SubscribeOptions.RETAIN_DO_NOT_SEND)
-        self.client.subscribe([(name, options) for name in filters])
-
-    def _on_subscribe(
-        self, _client: Client, _userdata: Any, _mid: int, reasons: list[ReasonCode], _properties: Any
-    ) -> None:
-        refused = [str(reason) for reason in reasons if reason.is_failure]
-        if refused:
-            self._shared.mail.put(_SubscriptionRefused(refused[0]))
-
-    def _on_message(self, _client: Client, _userdata: Any, message: MQTTMessage) -> None:
-        try:
-            topic = message.topic
-        except UnicodeDecodeError:
-            topic = ""
-        arrival = _Arrival(
-            connection=self,
-            mid=message.mid,
-            qos=message.qos,
-            topic=topic,
-            payload=bytes(message.payload),
-            retain=message.retain,
-            redelivered=message.dup,
-            properties=message.properties if self.is_v5 else None,
-        )
-        self._shared.inbox.put(arrival)
-
-    def _on_publish(self, _client: Client, _userdata: Any, mid: int, reason: ReasonCode, _properties: Any) -> None:
-        self._shared.mail.put(_Confirmed(self, mid, str(reason) if reason.is_failure else None))
-
-
-def _send_at_once(_client: Client, _userdata: Any, opened: Any) -> None:
-    """Else a status would wait up to 40 ms for the broker's word that the PUBACK before it has come."""
-    opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-
-def _leave_it_to_the_loop(_client: Client, _userdata: Any, _socket: Any) -> None:
-    pass
-
-
-def _properties(packet: int, **values: Any) -> Properties:
-    properties = Properties(packet)  # type: ignore[no-untyped-call]
-    for name, value in values.items():
-        setattr(properties, name, value)
-    return properties
-
-
-def _tls_context(config: Config) -> ssl.SSLContext:
-    """Verified, always; a broker that cannot prove its name is not talked to."""
-    tls = config.mqtt.tls
-    context = ssl.create_default_context(cafile=str(tls.ca_file) if tls.ca_file else None)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    if tls.cert_file:
-        context.load_cert_chain(tls.cert_file, tls.key_file)
-    return context
-
-
 class _Network(_Thread):
     """Keeps a connection up: one attempt after the other, with growing and jittered pauses."""
 
     def __init__(self, shared: _Shared) -> None:
         super().__init__("mqtt-net", shared)
         asked = shared.config.mqtt.protocol
-        self._protocol = MQTTProtocolVersion.MQTTv311 if asked == "3.1.1" else MQTTProtocolVersion.MQTTv5
+        self._version: Version = "3.1.1" if asked == "3.1.1" else "5"
         self._may_fall_back = asked == "auto"
         self._only_tries = False  # 3.1.1, because the broker hung up without a word
-        self._connection: _Connection | None = None
+        self._connection: Connection | None = None
+        self._receive_maximum = UNACKNOWLEDGED
+        self._short_ones = 0
+        """Connections in a row that were accepted and did not last."""
+        self._reported = ("", -REPORT_S)
+        """Why there is no connection, as it was last written, and when."""
 
     def work(self) -> None:
         failures = 0
         while not self.shared.stopping.is_set():
-            self._connection = connection = _Connection(self.shared, self._protocol, self.beat)
-            reason = connection.run()
+            reason, connection = self._attempt()
             if self.shared.stopping.is_set():
                 return
-            if self._fall_back(connection):
+            if connection is not None and self._fall_back(connection):
                 continue
-            failures = 0 if connection.accepted else failures + 1
-            self._report(connection, reason, failures)
-            self._pause(failures)
+            if connection is not None and connection.accepted:
+                failures = 0
+                self._note_lost(connection, reason)
+            else:
+                failures += 1
+                self._report(reason, first=failures == 1 and self._short_ones <= SHORT_ONES)
+            self._pause(max(failures, self._short_ones - SHORT_ONES))
+
+    def _attempt(self) -> tuple[str, Connection | None]:
+        """Connect, and serve until the connection ends. Returns why it ended, or why there was none."""
+        try:
+            self._connection = connection = self.new_connection()
+        except ConfigError as error:  # a certificate that was there at the start is being changed
+            return str(error), None
+        return connection.run(BEAT_S), connection
+
+    def new_connection(self) -> Connection:
+        """One that is not open yet."""
+        root = self.shared.topics.root
+        return Connection(
+            self.shared.config,
+            self,
+            version=self._version,
+            filters=(f"{root}/task/#", f"{root}/cancel/#", self.shared.topics.availability),
+            will_topic=self.shared.topics.availability,
+            password=self.shared.password,
+            receive_maximum=self._receive_maximum,
+        )
 
     def disconnect(self, *, cleanly: bool) -> None:
         """End the present connection, cleanly so that the broker does not publish the will."""
-        if self._connection is None:
-            return
-        if cleanly:
-            self._connection.client.disconnect()
-            return
-        wire: Any = self._connection.client.socket()
-        if wire is not None:
-            with suppress(OSError):
-                wire.shutdown(SHUT_RDWR)
+        if self._connection is not None:
+            self._connection.close(cleanly=cleanly)
 
-    def _fall_back(self, connection: _Connection) -> bool:
+    # -- what the connection tells
+
+    def connected(self, connection: Connection) -> None:
+        self.shared.mail.put(_Connected(connection, quietly=self._short_ones >= SHORT_ONES))
+
+    def arrived(self, arrival: Arrival) -> None:
+        self.shared.unread.add(arrival)
+        self.shared.inbox.put(arrival)
+        if not self.shared.holding.is_set() and arrival.connection.unacknowledged > OVERRUN:
+            self.slow_down(arrival.connection)
+        # The intake never waits for us: there will be room.
+        while not self.shared.unread.wait_for_room(BEAT_S) and not self.shared.stopping.is_set():
+            self.beat()
+
+    def confirmed(self, connection: Connection, mid: int, refusal: str | None) -> None:
+        self.shared.mail.put(_Confirmed(connection, mid, refusal))
+
+    def subscription_refused(self, reason: str) -> None:
+        self.shared.mail.put(_SubscriptionRefused(reason))
+
+    def lost(self, connection: Connection) -> None:
+        self.shared.mail.put(_Lost(connection))
+
+    def slow_down(self, connection: Connection) -> None:
+        """The broker does not respect our Receive Maximum: connect anew and ask for one at a time, which helps.
+
+        mosquitto before 2.0.12 hands over as many more as the maximum for every acknowledgement.
+        """
+        if connection.is_v5 and connection.receive_maximum > 1:
+            self._receive_maximum = 1
+            asked = connection.receive_maximum
+            connection.give_up(f"it hands over more than {OVERRUN} messages at once, {asked} were agreed")
+
+    # -- when it has ended
+
+    def _fall_back(self, connection: Connection) -> bool:
         """Whether the broker knows no MQTT 5, so that the next attempt speaks 3.1.1.
 
         Most brokers say so; some cannot even read the request and hang up, as one that is going down does too. So what
@@ -535,25 +493,41 @@ class _Network(_Thread):
         """
         if self._only_tries:
             self._only_tries = False
-            self._protocol = MQTTProtocolVersion.MQTTv5
+            self._version = "5"
             return False
-        unsupported = connection.refusal is not None and connection.refusal.value == UNSUPPORTED_VERSION
-        hung_up = connection.reached and not connection.accepted and connection.refusal is None
-        if not (self._may_fall_back and connection.is_v5 and (unsupported or hung_up)):
+        if not (self._may_fall_back and connection.is_v5 and (connection.unsupported or connection.hung_up)):
             return False
-        log.info("the broker does not speak MQTT 5: using 3.1.1")
-        self._only_tries = hung_up
-        self._protocol = MQTTProtocolVersion.MQTTv311
+        log.info("the broker %s: trying MQTT 3.1.1", "hung up" if connection.hung_up else "does not speak MQTT 5")
+        self._only_tries = connection.hung_up
+        self._version = "3.1.1"
         return True
 
-    def _report(self, connection: _Connection, reason: str, failures: int) -> None:
-        """The edges only: lost once, unreachable once."""
+    def _note_lost(self, connection: Connection, reason: str) -> None:
+        """A connection was lost. Two clients of one id end each other's for ever: say so once, and wait longer."""
         mqtt = self.shared.config.mqtt
-        if connection.accepted:
-            log.warning("broker %s:%d: %s", mqtt.host, mqtt.port, reason)
-            self.shared.handlers.on_event("broker_lost", "warning", {"reason": reason})
-        elif failures == 1:
-            log.warning("broker %s:%d: %s; trying again until it answers", mqtt.host, mqtt.port, reason)
+        self._short_ones = self._short_ones + 1 if connection.lasted_s < STEADY_S else 0
+        self.shared.handlers.on_event("broker_lost", "warning", {"reason": reason})
+        if self._short_ones <= SHORT_ONES:
+            log.warning("broker %s:%d: %s", mqtt.host, mqtt.port, reason, extra=about(Kind.BROKER_LOST))
+        if self._short_ones == SHORT_ONES:
+            log.error(
+                "broker %s:%d: %d connections in a row were lost soon (%s): does another client use the id %s?"
+                " From now on the pauses grow",
+                *(mqtt.host, mqtt.port, SHORT_ONES, reason, connection.client_id),
+            )
+            self.shared.handlers.on_event(
+                "connections_do_not_last", "error", {"reason": reason, "client_id": connection.client_id}
+            )
+
+    def _report(self, reason: str, *, first: bool) -> None:
+        """Why there is no connection: once, and again when that changes."""
+        mqtt = self.shared.config.mqtt
+        text, at = self._reported
+        now = time.monotonic()
+        if first or (reason != text and now - at >= REPORT_S):
+            extra = about(Kind.BROKER_LOST)
+            log.warning("broker %s:%d: %s; trying again until it answers", mqtt.host, mqtt.port, reason, extra=extra)
+            self._reported = (reason, now)
 
     def _pause(self, failures: int) -> None:
         seconds = min(30.0, 2.0 ** min(failures, 5)) * random.uniform(0.5, 1.0) if failures else 0.2  # noqa: S311
@@ -570,27 +544,35 @@ class _IntakeThread(_Thread):
 
     def __init__(self, shared: _Shared) -> None:
         super().__init__("mqtt-intake", shared)
-        self._line: deque[_Arrival] = deque()  # not yet acknowledged, in order of arrival
+        self._line: deque[_Pending] = deque()  # not yet acknowledged, in order of arrival
+        self._connection: Connection | None = None  # that of the newest arrival
+        self._may_come_again: set[int] = set()  # tasks of earlier connections that the broker may still send again
         self._replays: set[bytes] = set()  # retained tasks already refused, by topic and content
+        self._told = _RefusalLog()
 
     def work(self) -> None:
         while not self.shared.stopping.is_set():
             self.beat()
             group = self._next_group()
+            arrived = [pending.arrival for pending in group]
             if self.shared.holding.is_set():
-                group = [arrival for arrival in group if not arrival.qos]
+                group = [pending for pending in group if not pending.arrival.qos]
             if group:
-                self._line += (arrival for arrival in group if arrival.qos)
+                self._line += (pending for pending in group if pending.arrival.qos)
                 self._take(group)
+            self.shared.unread.remove(arrived)
+            for arrival in arrived:
+                arrival.forget_content()
             self._acknowledge()
+            self._told.look()
 
-    def _next_group(self) -> list[_Arrival]:
-        group: list[_Arrival] = []
+    def _next_group(self) -> list[_Pending]:
+        group: list[_Pending] = []
         try:
             item = self.shared.inbox.get(timeout=BEAT_S)
             while True:
-                if isinstance(item, _Arrival):
-                    group.append(item)
+                if isinstance(item, Arrival):
+                    group.append(_Pending(arrival=item))
                 if len(group) == GROUP:
                     break
                 item = self.shared.inbox.get_nowait()
@@ -598,120 +580,194 @@ class _IntakeThread(_Thread):
             pass
         return group
 
-    def _take(self, group: list[_Arrival]) -> None:
-        tasks: list[tuple[_Arrival, Incoming]] = []
-        for arrival in group:
+    def _take(self, group: list[_Pending]) -> None:
+        """Everything in the order of arrival: a cancel follows its task. Tasks in a row are submitted together."""
+        reached("messages_received")
+        tasks: list[tuple[_Pending, Incoming]] = []
+        for pending in group:
+            self.beat()  # a cancel is a commit of its own
+            arrival = pending.arrival
+            self._look_for_redelivery(arrival, tasks)
             route = self.shared.topics.route(arrival.topic)
             if route is None:
                 log.warning("ignored a message on %s: no such topic here", ascii(arrival.topic)[:100])
             if route is None or route[0] != "task" or not arrival.payload:  # an empty task clears a retained one
-                arrival.answered = True
+                pending.answered = True
             if route is not None:
-                self._dispatch(*route, arrival, tasks)
-        if tasks:
+                self._dispatch(*route, pending, tasks)
+        self._submit(tasks)
+
+    def _look_for_redelivery(self, arrival: Arrival, tasks: list[tuple[_Pending, Incoming]]) -> None:
+        """Note which tasks without an id of their sender's cannot come again any more.
+
+        For a PUBACK may have arrived without our knowing, and such a task must not be taken for one with an equal text
+        that comes much later. A broker that has lost our session sends nothing again. One that has kept it sends again
+        first, in order, before anything new; if one does otherwise, a task runs twice, but none is lost.
+        """
+        if arrival.connection is not self._connection:
             self._submit(tasks)
+            self._connection = arrival.connection
+            self._may_come_again = set(self.shared.handlers.unacked())
+        is_new = arrival.qos > 0 and not arrival.redelivered and not arrival.retain
+        if self._may_come_again and (is_new or not arrival.connection.resumed):
+            self._submit(tasks)
+            self.shared.handlers.mark_acked(self._may_come_again)
+            self._may_come_again = set()
 
     def _dispatch(
-        self, kind: str, levels: list[str], arrival: _Arrival, tasks: list[tuple[_Arrival, Incoming]]
+        self, kind: str, levels: list[str], pending: _Pending, tasks: list[tuple[_Pending, Incoming]]
     ) -> None:
+        arrival = pending.arrival
         if kind == "availability":
             self._assert_online(arrival)
         elif kind == "cancel":
+            self._submit(tasks)
             self._cancel(levels, arrival)
         elif arrival.payload and arrival.retain:
-            self._refuse_retained(arrival, _incoming(levels, arrival))
+            self._submit(tasks)
+            self._refuse_retained(pending, _incoming(levels, arrival))
         elif arrival.payload:
-            tasks.append((arrival, _incoming(levels, arrival)))
+            tasks.append((pending, _incoming(levels, arrival)))
+        else:
+            log.debug("ignored an empty message on %s", shown(arrival.topic))
 
-    def _assert_online(self, arrival: _Arrival) -> None:
+    def _assert_online(self, arrival: Arrival) -> None:
         """The will of an earlier connection may come late and would leave us marked as gone."""
         if arrival.payload != b"online" and not self.shared.leaving.is_set():
             self.shared.mail.put(_online(self.shared.topics))
 
-    def _cancel(self, levels: list[str], arrival: _Arrival) -> None:
+    def _cancel(self, levels: list[str], arrival: Arrival) -> None:
         if arrival.retain:
             return
         if levels:
-            self.shared.handlers.cancel(*levels)
+            src, task_id = levels
+            found = self.shared.handlers.cancel(src, task_id)
         else:
-            self.shared.handlers.cancel(None, arrival.payload.decode("utf-8", "replace").strip())
+            task_id = arrival.payload.decode("utf-8", "replace").strip()
+            found = self.shared.handlers.cancel(None, task_id)
+        if not found:
+            log.info("a cancel on %s: no task %s waits or runs", shown(arrival.topic), shown(task_id))
 
-    def _refuse_retained(self, arrival: _Arrival, incoming: Incoming) -> None:
+    def _refuse_retained(self, pending: _Pending, incoming: Incoming) -> None:
         """A retained task would come again at every connect: refuse it.
 
         MQTT 3.1.1 does replay it at every connect, and shows the flag only then: it is refused once, and not at all
         under the id of a task that is known, which has an answer of its own.
         """
+        arrival = pending.arrival
         digest = sha256(arrival.topic.encode() + b"\0" + arrival.payload).digest()
         known = incoming.id is not None and self.shared.handlers.known(incoming.src, incoming.id)
         if known or (digest in self._replays and not arrival.connection.is_v5):
-            arrival.answered = True
+            pending.answered = True
             return
-        if len(self._replays) < MEMORY:
+        if len(self._replays) < MAX_REPLAYS:
             self._replays.add(digest)
         refused = self.shared.handlers.refuse(incoming, "retained", "a task must not be retained; clear the topic")
-        self._answer_refusal(refused, arrival)
+        self._answer_refusal(refused, pending)
         self.shared.handlers.on_event("retained_task_refused", "warning", {"topic": arrival.topic})
 
-    def _submit(self, tasks: list[tuple[_Arrival, Incoming]]) -> None:
-        try:
-            answers = self.shared.handlers.submit([incoming for _, incoming in tasks])
-        except StorageFull as error:
-            log.error("refusing tasks: %s", error)  # noqa: TRY400
-            refuse = self.shared.handlers.refuse
-            answers = [refuse(incoming, "storage_full", "no room on the disk") for _, incoming in tasks]
-        for (arrival, _), answer in zip(tasks, answers, strict=True):
+    def _submit(self, tasks: list[tuple[_Pending, Incoming]]) -> None:
+        """Have these stored and answered; the list is empty then."""
+        if not tasks:
+            return
+        answers = self.shared.handlers.submit([incoming for _, incoming in tasks], self.beat)
+        for (pending, _), answer in zip(tasks, answers, strict=True):
+            if pending.arrival.qos and _comes_too_late(answer):
+                continue  # nobody acknowledges it: the broker keeps it for the next start
             if isinstance(answer, Refused):
-                self._answer_refusal(answer, arrival)
+                self._answer_refusal(answer, pending)
             else:
-                self._answer_accepted(answer, arrival)
+                self._answer_accepted(answer, pending)
+        tasks.clear()
 
-    def _answer_accepted(self, accepted: Accepted, arrival: _Arrival) -> None:
-        arrival.answered = True
-        arrival.unacked_seq = None if accepted.own_id else accepted.seq
+    def _answer_accepted(self, accepted: Accepted, pending: _Pending) -> None:
+        pending.unacked_seq = None if accepted.own_id else accepted.seq
+        self._may_come_again.discard(accepted.seq)  # it has: now it is one of this connection
         self.shared.mail.put(_json(self.shared.topics.reply(accepted.address, "status"), accepted.status.to_dict()))
+        reached("queued_told")
+        if accepted.result is not None and not accepted.in_outbox:
+            self._answer_directly(accepted.address, accepted.result, pending)
+            return
+        pending.answered = True
         if accepted.result is not None:
             self.shared.mail.put(_Wake())
 
-    def _answer_refusal(self, refused: Refused, arrival: _Arrival) -> None:
-        """A refusal is stored nowhere: the message is acknowledged only when its answer has arrived."""
-        log.info("refused %s/%s: %s", refused.address.src, refused.address.id, _reason(refused.result))
+    def _answer_refusal(self, refused: Refused, pending: _Pending) -> None:
+        self._told.note(refused)
+        self._answer_directly(refused.address, refused.result, pending)
+        reached("refusal_told")
 
-        def answered(_delivered: bool) -> None:  # noqa: FBT001
-            arrival.answered = True
+    def _answer_directly(self, address: Address, result: Result, pending: _Pending) -> None:
+        """An answer that no outbox holds: the message is acknowledged only when it has arrived."""
+
+        def answered(_refusal: str) -> None:
+            pending.answered = True
             self.shared.inbox.put(_Wake())
 
-        self.shared.mail.put(_parts_of(self.shared.topics, refused.address, refused.result, _Delivery(done=answered)))
+        delivery = _Delivery(done=answered, owed=pending.arrival.qos > 0)
+        self.shared.mail.put(_Answer(_parts_of(self.shared.topics, address, result, delivery)))
 
     def _acknowledge(self) -> None:
         """PUBACK in the order of arrival, as MQTT demands, as far as everything is answered."""
-        while self._line and (self._line[0].answered or self._line[0].connection.ended):
-            arrival = self._line.popleft()
-            if arrival.answered:
-                # On a connection that is gone this goes nowhere, and the broker sends the message again.
-                arrival.connection.client.ack(arrival.mid, arrival.qos)
-                if arrival.unacked_seq is not None:
-                    self.shared.mail.put(_Acknowledged(arrival.connection, arrival.unacked_seq))
+        while self._line and (self._line[0].answered or self._line[0].arrival.connection.ended):
+            pending = self._line.popleft()
+            if pending.answered:
+                connection = pending.arrival.connection
+                reached("puback_due")
+                connection.acknowledge(pending.arrival)
+                reached("puback_handed_over")
+                if pending.unacked_seq is not None:
+                    self.shared.mail.put(_Acknowledged(connection, pending.unacked_seq))
+
+
+class _RefusalLog:
+    """A line for each refusal, and in a flood one line for all that come within ``REFUSALS_S``."""
+
+    def __init__(self) -> None:
+        self._since = -REFUSALS_S
+        self._count = 0
+
+    def note(self, refused: Refused) -> None:
+        self.look()
+        self._count += 1
+        if self._count <= REFUSALS:
+            why = refused.result.error.unquoting if refused.result.error else ""
+            src, task_id = refused.address.src, refused.address.id
+            extra = about(Kind.TASK_REFUSED, task_id=task_id, src=src)
+            log.info("refused %s/%s: %s", src, task_id, why, extra=extra)
+
+    def look(self) -> None:
+        """Begin anew when the time is over, and say what was not told."""
+        now = time.monotonic()
+        if now - self._since < REFUSALS_S:
+            return
+        if self._count > REFUSALS:
+            log.warning("refused %d more tasks within %.0f s", self._count - REFUSALS, now - self._since)
+        self._since, self._count = now, 0
 
 
 def _reason(result: Result) -> str:
     return f"{result.error.code}: {result.error.message}" if result.error else result.state.value
 
 
-def _incoming(levels: list[str], arrival: _Arrival) -> Incoming:
+def _comes_too_late(answer: Accepted | Refused) -> bool:
+    """Whether it was refused only because we are stopping."""
+    return isinstance(answer, Refused) and answer.result.error is not None and answer.result.error.code == "draining"
+
+
+def _incoming(levels: list[str], arrival: Arrival) -> Incoming:
     """What the topic, the payload and the MQTT 5 properties say together."""
-    properties = arrival.properties
-    fields = dict(getattr(properties, "UserProperty", ()))
     return Incoming(
         payload=arrival.payload,
         src=levels[0] if levels else ANONYMOUS,
         id=levels[1] if len(levels) == 2 else None,
-        fields=fields,
-        content_type=getattr(properties, "ContentType", None),
-        ttl_s=getattr(properties, "MessageExpiryInterval", None),
-        reply_to=getattr(properties, "ResponseTopic", None),
-        correlation=getattr(properties, "CorrelationData", None),
+        fields=arrival.fields,
+        content_type=arrival.content_type,
+        ttl_s=arrival.expiry_s,
+        reply_to=arrival.response_topic,
+        correlation=arrival.correlation,
         redelivered=arrival.redelivered,
+        packet_id=arrival.mid,
     )
 
 
@@ -752,22 +808,37 @@ def _parts_of(topics: Topics, address: Address, result: Result, delivery: _Deliv
     return parts
 
 
+@dataclass(slots=True)
+class _Suspect:
+    """A result that was on its way when a connection ended."""
+
+    tries: int = 0
+    """How often it was sent alone, and not confirmed."""
+    strikes: int = 0
+    """How often in a row that speaks against it, and not against the network or the broker."""
+
+
 class _Publisher(_Thread):
     """Sends within the window, first what somebody waits for."""
 
     def __init__(self, shared: _Shared) -> None:
         super().__init__("mqtt-publisher", shared)
-        self.connection: _Connection | None = None
-        self._parts: deque[_Publication] = deque(maxlen=MEMORY)  # of refusals and results that are on their way
-        self._progress: deque[_Publication] = deque(maxlen=MEMORY)  # status, stream, telemetry, events
+        self.connection: Connection | None = None
+        self._parts: deque[_Publication] = deque()  # of refusals and results that are on their way
+        self._progress: deque[_Publication] = deque()  # status, stream, telemetry, events
+        self._dropped = 0  # of these, since there was last room
+        self._refused: set[str] = set()  # retained topics, and kinds of other messages, that we may not send
         self._retained: dict[str, _Publication] = {}  # the last value of each retained topic
         self._stale: dict[str, None] = {}  # retained topics to be sent, in order
         self._in_flight: dict[int, _Publication] = {}
         self._acknowledged: list[int] = []  # tasks whose PUBACK went out after the last publication
         self._delivering: dict[int, _Delivery] = {}  # results on their way, by seq
-        self._strikes: dict[int, int] = {}
+        self._suspects: dict[int, _Suspect] = {}  # by seq
+        self._alone: int | None = None  # the suspect that is on its way, with nothing beside it
+        self._sent_at = 0.0  # when the last publication went out
         self._outbox_may_have_more = True
         self._flushes: list[_Flush] = []
+        self._had_session = False
 
     def work(self) -> None:
         mail = self.shared.mail
@@ -776,27 +847,28 @@ class _Publisher(_Thread):
             try:
                 item = mail.get(timeout=BEAT_S)
                 while True:
-                    self._handle(item)
+                    self._handle_mail(item)
                     item = mail.get_nowait()
             except Empty:
                 pass
             self._pump()
+            self._note_room()
             self._answer_flushes()
 
-    def _handle(self, item: Any) -> None:
+    def _handle_mail(self, item: _Mail) -> None:
         match item:
             case _Publication():
                 self._keep(item)
-            case list():
-                self._keep_parts(item)
+            case _Answer(parts):
+                self._keep_parts(parts)
             case _Confirmed(connection, mid, refusal) if connection is self.connection:
                 self._confirmed(mid, refusal)
             case _Acknowledged(connection, seq) if connection is self.connection:
                 self._acknowledged.append(seq)
-            case _Connected(connection):
-                self._connected(connection)
+            case _Connected(connection, quietly):
+                self._connected(connection, quietly=quietly)
             case _Lost(connection) if connection is self.connection:
-                self._lost()
+                self._lost(cut_off=connection.cut_off and not self.shared.stopping.is_set())
             case _SubscriptionRefused(reason):
                 log.error("the broker refuses a subscription (%s): check its access rules", reason)
                 self.shared.handlers.on_event("subscription_refused", "error", {"reason": reason})
@@ -812,25 +884,57 @@ class _Publisher(_Thread):
             self._stale[publication.topic] = None
         elif self.connection is not None:
             self._progress.append(publication)
+            if len(self._progress) > MAX_BACKLOG:
+                self._progress.popleft()
+                self._note_dropped()
 
     def _keep_parts(self, parts: list[_Publication]) -> None:
-        """A refusal: without a connection it is dropped, because its message will come again."""
-        if self.connection is not None:
-            self._parts.extend(parts)
+        """An answer: without a connection it is dropped, because its message will come again.
 
-    def _connected(self, connection: _Connection) -> None:
+        At QoS 1 the broker hands over no more than its window before the first is answered. At QoS 0 nothing holds the
+        senders back, and nothing was promised to them.
+        """
+        if self.connection is None:
+            return
+        delivery = parts[0].delivery
+        if len(self._parts) < MAX_BACKLOG or (delivery is not None and delivery.owed):
+            self._parts.extend(parts)
+        else:
+            self._note_dropped()
+
+    def _note_dropped(self) -> None:
+        self._dropped += 1
+        if self._dropped == 1:
+            log.warning("more than %d messages wait for the broker: status messages are dropped", MAX_BACKLOG)
+
+    def _note_room(self) -> None:
+        if self._dropped and len(self._parts) + len(self._progress) < MAX_BACKLOG // 2:
+            log.warning("%d status messages, events or refusals were dropped", self._dropped)
+            self.shared.handlers.on_event("messages_dropped", "warning", {"count": self._dropped})
+            self._dropped = 0
+
+    def _connected(self, connection: Connection, *, quietly: bool) -> None:
         self.connection = connection
         if not self.shared.leaving.is_set():
             self._retained[self.shared.topics.availability] = _online(self.shared.topics)
-        self._stale = dict.fromkeys(self._retained)
+        if not quietly:  # some brokers end the connection over what they refuse
+            self._refused.clear()
+        self._stale = dict.fromkeys(topic for topic in self._retained if topic not in self._refused)
         self._outbox_may_have_more = True
         mqtt = self.shared.config.mqtt
-        log.info("broker %s:%d: connected, MQTT %s", mqtt.host, mqtt.port, connection.protocol_name)
-        self.shared.handlers.on_event("broker_connected", "info", {"protocol": connection.protocol_name})
+        level = logging.DEBUG if quietly else logging.INFO
+        extra = about(Kind.BROKER_UP)
+        log.log(level, "broker %s:%d: connected, MQTT %s", mqtt.host, mqtt.port, connection.version, extra=extra)
+        self.shared.handlers.on_event("broker_connected", "info", {"protocol": connection.version})
+        if self._had_session and not connection.resumed:
+            level = logging.DEBUG if quietly else logging.WARNING
+            log.log(level, "the broker has lost our session, and the tasks in it that it had not handed over")
+            self.shared.handlers.on_event("session_lost", "warning", {})
+        self._had_session = True
 
-    def _lost(self) -> None:
+    def _lost(self, *, cut_off: bool) -> None:
         self.connection = None
-        self._count_strikes()
+        self._look_for_the_cause(cut_off=cut_off)
         for backlog in (self._parts, self._progress):
             backlog.clear()
         self._in_flight.clear()
@@ -847,6 +951,9 @@ class _Publisher(_Thread):
             self._send(self.connection, publication)
 
     def _next(self) -> _Publication | None:
+        if self._alone is not None:
+            is_part = self._parts and self._parts[0].delivery is self._delivering[self._alone]
+            return self._parts.popleft() if is_part else None
         for backlog in (self._parts, self._progress):
             if backlog:
                 return backlog.popleft()
@@ -857,21 +964,26 @@ class _Publisher(_Thread):
         self._fetch_results()
         return self._parts.popleft() if self._parts else None
 
-    def _send(self, connection: _Connection, publication: _Publication) -> None:
-        properties = None
-        if connection.is_v5:
-            properties = _properties(PacketTypes.PUBLISH)
-            if publication.content_type:
-                properties.ContentType = publication.content_type
-            if publication.correlation is not None:
-                properties.CorrelationData = publication.correlation
-        info = connection.client.publish(
-            publication.topic, publication.payload, publication.qos, publication.retain, properties
-        )
-        if publication.qos and info.rc == MQTT_ERR_SUCCESS:
+    def _send(self, connection: Connection, publication: _Publication) -> None:
+        try:
+            mid = connection.publish(
+                publication.topic,
+                publication.payload,
+                qos=publication.qos,
+                retain=publication.retain,
+                content_type=publication.content_type,
+                correlation=publication.correlation,
+            )
+        except TooLarge as error:
+            self._settle(publication, str(error))
+            return
+        self._sent_at = time.monotonic()
+        if publication.delivery is not None:
+            reached("result_published")
+        if mid is not None:
             publication.proves = tuple(self._acknowledged)
             self._acknowledged.clear()
-            self._in_flight[info.mid] = publication
+            self._in_flight[mid] = publication
 
     def _confirmed(self, mid: int, refusal: str | None) -> None:
         publication = self._in_flight.pop(mid, None)
@@ -879,57 +991,91 @@ class _Publisher(_Thread):
             return
         if publication.proves:
             self.shared.handlers.mark_acked(publication.proves)
-        if refusal is not None:
-            log.error("the broker refuses a message on %s: %s", publication.topic, refusal)
+        self._settle(publication, f"refused by the broker: {refusal}" if refusal else "")
+
+    def _settle(self, publication: _Publication, refusal: str) -> None:
+        """The broker has it, or will not have it: say so once for each kind of message, and end its delivery."""
+        kind = publication.topic if publication.retain else publication.topic.rpartition("/")[2]
+        if refusal and kind not in self._refused:
+            self._refused.add(kind)
+            log.error("a message on %s is not sent: %s", publication.topic, refusal)
         delivery = publication.delivery
         if delivery is None:
             return
-        delivery.refused |= refusal is not None and publication.vital
+        if publication.vital:
+            delivery.refusal = delivery.refusal or refusal
         delivery.parts -= 1
         if delivery.parts == 0:
-            delivery.done(not delivery.refused)
+            delivery.done(delivery.refusal)
 
     # -- results from the outbox
 
     def _fetch_results(self) -> None:
         if not self._outbox_may_have_more or self.connection is None:
             return
-        suspect = next(iter(self._strikes), None)
-        if suspect is not None and self._delivering:
-            return  # a suspect is sent alone, so that the blame is certain
-        limit = 1 if suspect is not None else self.connection.window
-        batch = self.shared.handlers.unsent(limit, self._delivering)
-        self._outbox_may_have_more = len(batch) == limit
+        limit = self.connection.window
+        batch = self.shared.handlers.unsent(limit, self._delivering.keys() | self._suspects.keys())
+        self._outbox_may_have_more = len(batch) == limit or bool(self._suspects)
         for stored in batch:
             self._begin(stored, self.connection.max_packet_bytes)
+        if not (batch or self._in_flight or self._delivering):
+            self._try_suspect(self.connection.max_packet_bytes)
+
+    def _try_suspect(self, max_packet_bytes: int) -> None:
+        """Send a suspect: after all others, so that they go on, and alone, so that the blame is certain."""
+        if not self._suspects:
+            return
+        chosen = min(self._suspects, key=lambda seq: self._suspects[seq].tries)
+        batch = self.shared.handlers.unsent(1, self._suspects.keys() - {chosen})
+        if not batch:
+            del self._suspects[chosen]
+        for stored in batch:
+            self._begin(stored, max_packet_bytes)
+            self._alone = stored.seq
 
     def _begin(self, stored: Stored, max_packet_bytes: int) -> None:
         assert stored.result is not None  # noqa: S101
         result = _fitted(stored.result, max_packet_bytes - len(stored.task.correlation or b""))
 
-        def done(delivered: bool) -> None:  # noqa: FBT001
+        def done(refusal: str) -> None:
             self._delivering.pop(stored.seq, None)
-            self._strikes.pop(stored.seq, None)
+            self._suspects.pop(stored.seq, None)
+            self._alone = None
             self._outbox_may_have_more = True
-            if delivered:
-                self.shared.handlers.mark_sent(stored.seq)
+            reached("result_confirmed")
+            if refusal:
+                self._give_up(stored.seq, refusal)
             else:
-                self._give_up(stored.seq, "refused by the broker")
+                self.shared.handlers.mark_sent(stored.seq)
+                reached("result_marked_sent")
 
+        reached("result_taken")
         delivery = _Delivery(done=done, seq=stored.seq)
         self._delivering[stored.seq] = delivery
         self._parts.extend(_parts_of(self.shared.topics, stored.task.address, result, delivery))
 
-    def _count_strikes(self) -> None:
-        """Note which results were on their way when the connection ended; give up on one that ends it every time."""
+    def _look_for_the_cause(self, *, cut_off: bool) -> None:
+        """Suspect the results that were on their way when the connection ended; give up on one that ends it every time.
+
+        Only one that was alone can be blamed, and only when the end came from the other side and at once. Any other end
+        shows a network or a broker that comes and goes, and takes back what was held against a result before.
+        """
         for seq in self._delivering:
-            self._strikes[seq] = self._strikes.get(seq, 0) + 1
-            if self._strikes[seq] > STRIKES:
-                del self._strikes[seq]
-                self._give_up(seq, "its sending ended the connection every time")
+            self._suspects.setdefault(seq, _Suspect())
+        alone, self._alone = self._alone, None
+        if alone is not None:
+            self._suspects[alone].tries += 1
+        if alone is None or not cut_off or time.monotonic() - self._sent_at > BLAME_S:
+            for suspect in self._suspects.values():
+                suspect.strikes = 0
+            return
+        self._suspects[alone].strikes += 1
+        if self._suspects[alone].strikes >= STRIKES:
+            del self._suspects[alone]
+            self._give_up(alone, "its sending ended the connection every time")
 
     def _give_up(self, seq: int, why: str) -> None:
-        log.error("result of task %d set aside: %s", seq, why)
+        log.error("result of task %d set aside until the next start: %s", seq, why)
         self.shared.handlers.set_aside(seq)
         self.shared.handlers.on_event("poison_result", "error", {"seq": seq, "reason": why})
 
@@ -951,130 +1097,3 @@ def _fitted(result: Result, max_packet_bytes: int) -> Result:
     # JSON may need two bytes and more for one of text: a third of what is left is certain to fit.
     text = result.text.encode("utf-8", "replace")[: max(0, kept // 3)].decode("utf-8", "ignore")
     return replace(result, text=text, json=None, truncated=True)
-
-
-# -- for the commands that a person runs -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Received:
-    """One message as a ``Device`` got it. ``retain``: the broker had kept it."""
-
-    topic: str
-    payload: bytes
-    retain: bool
-
-
-class Device:
-    """A connection for as long as its ``with`` block: it subscribes, sends and waits, all in the caller's thread.
-
-    Every method raises OSError, in words for a person, when the broker is out of reach, refuses or falls silent.
-    """
-
-    def __init__(self, config: Config, *, password: str | None = None, timeout_s: float = 10.0) -> None:
-        self.is_v5 = config.mqtt.protocol != "3.1.1"
-        self._config = config
-        self._password = password
-        self._timeout_s = timeout_s
-        self._messages: deque[Received] = deque()
-        self._answers: dict[int, list[ReasonCode]] = {}  # to SUBSCRIBE and PUBLISH, by packet id
-        self._welcome: ReasonCode | None = None
-        self._name = f"broker {config.mqtt.host}:{config.mqtt.port}"
-
-    def __enter__(self) -> Self:
-        """Connect with MQTT 5, or with 3.1.1 when the broker knows nothing newer."""
-        welcome = self._connect()
-        if welcome.value == UNSUPPORTED_VERSION and self.is_v5 and self._config.mqtt.protocol == "auto":
-            self.is_v5 = False
-            welcome = self._connect()
-        self._check(welcome, "the connection")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._client.disconnect()
-
-    def subscribe(self, topic_filter: str) -> None:
-        """Have all messages sent to us that match, at QoS 1; returns once the broker has agreed."""
-        self._check(self._answer_to(self._client.subscribe(topic_filter, 1)[1]), f"to send {topic_filter}")
-
-    def publish(
-        self,
-        topic: str,
-        payload: bytes | str,
-        *,
-        retain: bool = False,
-        response_topic: str | None = None,
-        fields: Mapping[str, str] | None = None,
-    ) -> None:
-        """Send at QoS 1; returns once the broker has it. MQTT 3.1.1 has neither response topic nor ``fields``."""
-        properties = None
-        if self.is_v5:
-            properties = _properties(PacketTypes.PUBLISH, UserProperty=list((fields or {}).items()))
-            if response_topic is not None:
-                properties.ResponseTopic = response_topic
-        sent = self._client.publish(topic, payload, 1, retain, properties)
-        self._check(self._answer_to(sent.mid), f"a message on {topic}")
-
-    def get(self, timeout_s: float) -> Received | None:
-        """The next message, None when none has come within that time."""
-        self._serve_until(lambda: bool(self._messages), timeout_s)
-        return self._messages.popleft() if self._messages else None
-
-    def _connect(self) -> ReasonCode:
-        mqtt = self._config.mqtt
-        self._client = client = Client(
-            CallbackAPIVersion.VERSION2,
-            protocol=MQTTProtocolVersion.MQTTv5 if self.is_v5 else MQTTProtocolVersion.MQTTv311,
-        )
-        client.connect_timeout = self._timeout_s
-        if mqtt.username is not None:
-            client.username_pw_set(mqtt.username, self._password)
-        if mqtt.tls.enabled:
-            client.tls_set_context(_tls_context(self._config))
-        client.on_connect = self._on_connect
-        client.on_message = self._on_message
-        client.on_subscribe = self._on_subscribe
-        client.on_publish = self._on_publish
-        return self._welcomed(client)
-
-    def _welcomed(self, client: Client) -> ReasonCode:
-        self._welcome = None
-        try:
-            client.connect(self._config.mqtt.host, self._config.mqtt.port)
-        except OSError as error:
-            raise ConnectionError(f"{self._name} does not answer: {error}") from error
-        self._serve_until(lambda: self._welcome is not None, self._timeout_s)
-        if self._welcome is None:
-            raise TimeoutError(f"{self._name}: no answer within {self._timeout_s:g} s")
-        return self._welcome
-
-    def _answer_to(self, mid: int | None) -> ReasonCode:
-        if mid is not None and self._serve_until(lambda: mid in self._answers, self._timeout_s):
-            return self._answers.pop(mid)[0]
-        raise TimeoutError(f"{self._name}: no answer within {self._timeout_s:g} s")
-
-    def _serve_until(self, done: Callable[[], bool], timeout_s: float) -> bool:
-        """Exchange packets until ``done()`` or the end of the time; whether it was done."""
-        deadline = time.monotonic() + timeout_s
-        while not done() and (left_s := deadline - time.monotonic()) > 0:
-            if self._client.loop(min(left_s, 1.0)) != MQTT_ERR_SUCCESS and not done():
-                raise ConnectionError(f"{self._name}: connection lost")
-        return done()
-
-    def _check(self, reason: ReasonCode, what: str) -> None:
-        if reason.is_failure:
-            raise ConnectionError(f"{self._name} refuses {what}: {reason}")
-
-    def _on_connect(self, _client: Client, _userdata: Any, _flags: Any, reason: ReasonCode, _properties: Any) -> None:
-        self._welcome = reason
-
-    def _on_message(self, _client: Client, _userdata: Any, message: MQTTMessage) -> None:
-        self._messages.append(
-            Received(topic=message.topic, payload=bytes(message.payload), retain=bool(message.retain))
-        )
-
-    def _on_subscribe(self, _client: Client, _userdata: Any, mid: int, reasons: list[ReasonCode], _: Any) -> None:
-        self._answers[mid] = reasons
-
-    def _on_publish(self, _client: Client, _userdata: Any, mid: int, reason: ReasonCode, _: Any) -> None:
-        self._answers[mid] = [reason]

@@ -3,10 +3,12 @@
 import signal
 import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from tests import needs
+from tests.ports import HOST, free_port
 from tests.waiting import wait_until
 
 
@@ -15,10 +17,10 @@ class Mosquitto:
 
     `persistence` keeps sessions, retained and queued messages over a stop; over a kill only what came
     before the last `save`. `users` maps names to passwords and shuts anonymous clients out. `acl` is
-    the text of an ACL file, `extra` further lines of configuration.
+    the text of an ACL file, `extra` further lines of configuration. `verbose` logs every packet.
     """
 
-    host = "127.0.0.1"
+    host = HOST
 
     def __init__(
         self,
@@ -28,9 +30,11 @@ class Mosquitto:
         users: Mapping[str, str] | None = None,
         acl: str = "",
         extra: str = "",
+        verbose: bool = True,
     ) -> None:
         self.directory = directory
         self.port = free_port()
+        self._verbose = verbose
         self._program = needs.tool("mosquitto", package="mosquitto")
         self._process: subprocess.Popen[bytes] | None = None
         lines = [
@@ -48,7 +52,9 @@ class Mosquitto:
         """Start, and return once the broker accepts connections."""
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                [self._program, "-c", str(self._config), "-v"], stdout=log, stderr=subprocess.STDOUT
+                [self._program, "-c", str(self._config), *(["-v"] if self._verbose else [])],
+                stdout=log,
+                stderr=subprocess.STDOUT,
             )
         wait_until(self._accepts)
 
@@ -60,11 +66,31 @@ class Mosquitto:
         """Stop as a power cut would."""
         self._end(kill=True)
 
+    def signal(self, number: signal.Signals) -> None:
+        """Send it a signal, such as SIGSTOP: then its sockets take what they can and nobody answers."""
+        assert self._process is not None, "not running"
+        self._process.send_signal(number)
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Silent, with all its connections open, while the block runs."""
+        self.signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.signal(signal.SIGCONT)
+
+    def set_acl(self, text: str) -> None:
+        """Change the rights of a broker that was made with some."""
+        self._private_file("acl", text)
+        before = self.log().count("Reloading config")
+        self.signal(signal.SIGHUP)
+        wait_until(lambda: self.log().count("Reloading config") > before)
+
     def save(self) -> None:
         """Have a broker with persistence write everything to its file now."""
-        assert self._process is not None, "not running"
         before = self._saved_inode()
-        self._process.send_signal(signal.SIGUSR1)
+        self.signal(signal.SIGUSR1)
         wait_until(lambda: self._saved_inode() != before)
 
     def log(self) -> str:
@@ -119,8 +145,43 @@ class Mosquitto:
         return path
 
 
-def free_port() -> int:
-    """A TCP port on loopback that nobody listens on at this moment."""
-    with socket.create_server((Mosquitto.host, 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
+class ExampleMosquitto(Mosquitto):
+    """A broker as `examples/mosquitto/` sets it up in Debian's `/etc/mosquitto`, with other places and ports.
+
+    `users` are given their passwords as the example says. With `tls`, it also listens on `tls_port`; the certificates
+    are to lie in `certs` in the directory, under the names that the example uses. `mutual` demands one of clients too.
+    """
+
+    def __init__(self, directory: Path, *, users: Mapping[str, str], tls: bool = False, mutual: bool = False) -> None:
+        super().__init__(directory)
+        self.tls_port = free_port()
+        places = {
+            "/etc/mosquitto": str(directory),
+            "listener 1883 127.0.0.1": f"listener {self.port} 127.0.0.1",
+            "listener 8883": f"listener {self.tls_port} 127.0.0.1",
+        }
+        if mutual:
+            places |= {f"#{key}": key for key in ("cafile", "require_certificate", "use_identity_as_username")}
+        (directory / "conf.d").mkdir()
+        for name in ("edge-llm.conf", "edge-llm-tls.conf")[: 1 + tls]:
+            (directory / "conf.d" / name).write_text(_example(name, places), encoding="utf-8")
+        self._private_file("edge-llm.acl", _example("edge-llm.acl", {}))
+        hasher = needs.tool("mosquitto_passwd", package="mosquitto")
+        passwords = self._private_file("edge-llm.passwd", "")
+        for name, word in users.items():
+            subprocess.run([hasher, "-b", str(passwords), name, word], check=True, capture_output=True)
+        # What Debian's own file says, and who we are.
+        lines = [
+            "user root",
+            "persistence true",
+            f"persistence_location {directory}/",
+            f"include_dir {directory}/conf.d",
+        ]
+        self._config.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _example(name: str, places: Mapping[str, str]) -> str:
+    text = (Path(__file__).parent.parent / "examples" / "mosquitto" / name).read_text(encoding="utf-8")
+    for place, here in places.items():
+        text = text.replace(place, here)
+    return text

@@ -13,7 +13,7 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
-TIMEOUT_S = 10.0
+TIMEOUT_S = 30.0
 V5 = MQTTProtocolVersion.MQTTv5
 V311 = MQTTProtocolVersion.MQTTv311
 
@@ -57,13 +57,16 @@ class MqttClient:
         session_s: int = 0,
         username: str | None = None,
         password: str | None = None,
+        timeout_s: float = TIMEOUT_S,
     ) -> None:
         self.version = version
+        self._timeout_s = timeout_s
         self._received: list[Received] = []
         self._changed = threading.Condition()
         self._connected = False
         self._filters: dict[str, int] = {}
         self._acked: dict[int, list[ReasonCode]] = {}
+        self._confirmed: set[int] = set()
         clean = None if version == V5 else not session_s
         self._paho = Client(CallbackAPIVersion.VERSION2, client_id, clean, protocol=version)
         self._paho.username_pw_set(username, password)
@@ -72,6 +75,7 @@ class MqttClient:
         self._paho.on_disconnect = self._on_disconnect
         self._paho.on_subscribe = self._on_subscribe
         self._paho.on_message = self._on_message
+        self._paho.on_publish = self._on_publish
         if version == V5:
             session = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
             session.SessionExpiryInterval = session_s
@@ -81,7 +85,11 @@ class MqttClient:
 
     def __enter__(self) -> Self:
         self._paho.loop_start()
-        self._wait(lambda: self._connected, TIMEOUT_S, "no connection")
+        try:
+            self._wait(lambda: self._connected, self._timeout_s, "no connection")
+        except AssertionError:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -111,15 +119,27 @@ class MqttClient:
         retain: bool = False,
         properties: Mapping[str, Any] | None = None,
     ) -> None:
-        """Publish (a mapping as JSON) and, at QoS 1 or 2, wait until the broker has it.
+        """Publish (a mapping as JSON) when connected and, at QoS 1 or 2, wait until the broker has it.
 
         `properties` are MQTT 5 ones by paho's names: `ResponseTopic`, `CorrelationData`,
         `MessageExpiryInterval`, `ContentType`, `UserProperty` (a list of pairs).
         """
         body = json.dumps(payload) if isinstance(payload, Mapping) else payload
+        self._wait(lambda: self._connected, TIMEOUT_S, "no connection")
         sent = self._paho.publish(topic, body, qos, retain, _publish_properties(properties))
         sent.wait_for_publish(TIMEOUT_S)
         assert sent.is_published(), f"no acknowledgement for {topic}"
+
+    def send(self, topic: str, payload: str | bytes) -> int:
+        """Publish at QoS 1 without waiting; without a connection it goes out with the next one.
+
+        Returns a number for `is_confirmed`; it is given again after 65,535 messages.
+        """
+        return self._paho.publish(topic, payload, 1).mid
+
+    def is_confirmed(self, number: int) -> bool:
+        """Whether the broker has acknowledged what `send` gave this number."""
+        return number in self._confirmed
 
     def wait_for(self, predicate: Callable[[Received], bool], timeout_s: float = TIMEOUT_S) -> Received:
         """The first message, past ones included, for which `predicate` is true."""
@@ -174,6 +194,9 @@ class MqttClient:
         with self._changed:
             self._acked[mid] = reasons
             self._changed.notify_all()
+
+    def _on_publish(self, client: Client, userdata: Any, mid: int, reason: ReasonCode, properties: Any) -> None:
+        self._confirmed.add(mid)
 
     def _on_message(self, client: Client, userdata: Any, message: MQTTMessage) -> None:
         received = Received(

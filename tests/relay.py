@@ -21,6 +21,8 @@ class Relay:
         self._outgoing = threading.Event()
         self._incoming = threading.Event()
         self._sockets: list[socket.socket] = []
+        self.connections = 0
+        """How many came in so far."""
 
     def __enter__(self) -> Self:
         self.release()
@@ -58,6 +60,7 @@ class Relay:
                 broker = socket.create_connection(("127.0.0.1", self._to_port))
             except OSError:
                 return
+            self.connections += 1
             self._sockets += [client, broker]
             for way in ((client, broker, self._outgoing, self.cut_at), (broker, client, self._incoming, b"")):
                 threading.Thread(target=_pump, args=way, name="relay-pump", daemon=True).start()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from edge_daemon import messages
-from edge_daemon.errors import BadRequest, Rejected, RunnerDied
+from edge_daemon.errors import BadRequest, ModelError, Rejected, RunnerDied
 from edge_daemon.messages import (
     Failure,
     Message,
@@ -184,6 +184,8 @@ NOT_CONTENT: dict[str, Any] = {
     "received_at": 2.0,
     "model": "resolved-otherwise",
     "max_tokens": 5,
+    "prompt_tokens": 4,
+    "fallback": ("other",),
 }
 CONTENT: dict[str, Any] = {
     "prompt": "why not?",
@@ -198,13 +200,13 @@ CONTENT: dict[str, Any] = {
     "preemptible": True,
     "plain": True,
     "meta": None,
-    "prompt_tokens": 4,
+    "data": {"temperature": 31},
 }
 
 
 def test_every_field_is_content_or_not() -> None:
     """A new field of a task has to be put on one side."""
-    assert NOT_CONTENT.keys() | CONTENT.keys() == typing.get_type_hints(Task).keys()
+    assert NOT_CONTENT.keys() | CONTENT.keys() | {"from_type"} == typing.get_type_hints(Task).keys()
 
 
 @pytest.mark.parametrize("name", NOT_CONTENT)
@@ -219,6 +221,26 @@ def test_content_is_all_else(name: str) -> None:
     """Whatever else differs makes it another task."""
     changed = dataclasses.replace(A_TASK, **{name: CONTENT[name]})
     assert changed.content_hash() != A_TASK.content_hash()
+
+
+def test_content_ignores_what_a_task_type_adds() -> None:
+    """A task that is sent again after its type was changed is still the same task."""
+    plain = dataclasses.replace(A_TASK, prompt="why?", system=None, options={}, format=None, priority=Priority.NORMAL)
+    added = {"system": "be brief", "options": {"seed": 1}, "format": "json", "priority": Priority.LOW}
+    by_type = ("ttl_s", "system", "options.seed", "format", "priority")
+    typed = dataclasses.replace(plain, **added, from_type=by_type)  # type: ignore[arg-type]
+    assert typed.content_hash() == plain.content_hash()
+    one = dataclasses.replace(typed, data={"x": 1}, prompt="x is 1", from_type=("prompt", *by_type))
+    other = dataclasses.replace(one, data={"x": 2})
+    assert dataclasses.replace(one, prompt="is x 1?").content_hash() == one.content_hash() != other.content_hash()
+
+
+def test_content_is_what_a_sender_states_beside_its_type() -> None:
+    """Options of the sender's own count, whatever its type adds to them."""
+    one = dataclasses.replace(A_TASK, options={"seed": 1, "top_k": 5}, from_type=("options.top_k",))
+    other = dataclasses.replace(one, options={"seed": 2, "top_k": 5})
+    assert other.content_hash() != one.content_hash()
+    assert dataclasses.replace(one, options={"seed": 1, "top_k": 9}).content_hash() == one.content_hash()
 
 
 def test_content_does_not_depend_on_order() -> None:
@@ -278,6 +300,23 @@ def test_an_end_comes_after_whatever_was_said(runs: int) -> None:
     """A task can end while it waits or while it runs, and that is always the highest number."""
     for end in (TaskState.CANCELLED, TaskState.EXPIRED, TaskState.FAILED):
         assert status_seq(runs, end) > max(status_seq(runs, TaskState.QUEUED), status_seq(runs, TaskState.RUNNING))
+
+
+@pytest.mark.parametrize(
+    ("error", "logged"),
+    [
+        (RunnerDied("HTTP 500: it crashed"), "runner_died: HTTP 500: it crashed"),
+        (BadRequest("HTTP 400: no"), "bad_request: HTTP 400: no"),
+        (Rejected("crash_loop", "begun 3 times"), "crash_loop: begun 3 times"),
+        (Rejected("invalid_output", "answer.my secret: not of type string"), "invalid_output"),
+        (Rejected("invalid_field", "prompt: my secret"), "invalid_field (prompt)"),
+        (Rejected("invalid_json", "my secret: twice"), "invalid_json"),
+        (Rejected("to come", "nobody knows: my secret"), "to come"),
+    ],
+)
+def test_a_log_line_quotes_nobody(error: Rejected | ModelError, logged: str) -> None:
+    """Of what may quote a sender or a model a log line has the code alone; the words of Ollama and our own are told."""
+    assert Failure.of(error).unquoting == logged
 
 
 def test_a_failure_says_what_the_error_says() -> None:
