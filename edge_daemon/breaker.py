@@ -5,12 +5,15 @@ from dataclasses import dataclass
 
 FIRST_REST_S = 0.5
 LONGEST_REST_S = 900.0
+LONGEST_PAUSE_S = 30.0
+"""As long as the breaker is closed."""
 TRIPS_AFTER = 3
 """So many failures in a row open the breaker: until then, the rests are pauses between attempts."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Record:
+    tries: int
     failures: int
     rests_until: float
 
@@ -30,12 +33,11 @@ class Breakers:
 
         ``weight`` is the number of failures that it counts as; with 0 the model rests, but its breaker does not open.
         """
-        before = self._records[model].failures if model in self._records else 0
-        failures = before + weight if weight else max(before, min(before + 1, TRIPS_AFTER - 1))
-        rest_s = min(LONGEST_REST_S, FIRST_REST_S * 2.0 ** min(failures - 1, 16))
-        if failures >= TRIPS_AFTER:
-            rest_s = min(LONGEST_REST_S, 8 * rest_s)
-        self._records[model] = _Record(failures, now + rest_s)
+        before = self._records.get(model, _Record(0, 0, now))
+        failures, tries = before.failures + weight, before.tries + max(1, weight)
+        rest_s = FIRST_REST_S * 2.0 ** min(tries - 1, 16)
+        rest_s = min(LONGEST_REST_S, 8 * rest_s) if failures >= TRIPS_AFTER else min(LONGEST_PAUSE_S, rest_s)
+        self._records[model] = _Record(tries, failures, now + rest_s)
         return rest_s
 
     def succeeded(self, model: str) -> bool:
@@ -45,11 +47,13 @@ class Breakers:
 
     def may_try(self, model: str, now: float) -> bool:
         """Whether it has rested long enough."""
-        return model not in self._records or self._records[model].rests_until <= now
+        record = self._records.get(model)
+        return record is None or record.rests_until <= now
 
     def is_open(self, model: str) -> bool:
         """Whether it has failed too often in a row; also while half open."""
-        return model in self._records and self._records[model].failures >= TRIPS_AFTER
+        record = self._records.get(model)
+        return record is not None and record.failures >= TRIPS_AFTER
 
     def next_try(self, models: Iterable[str], now: float) -> float | None:
         """Seconds until the first of ``models`` may be tried again; None when none of them rests."""

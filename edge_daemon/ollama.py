@@ -10,6 +10,7 @@ listening: a closed connection is the only thing that makes Ollama stop working 
 
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -34,7 +35,9 @@ from edge_daemon.errors import (
     ModelMissing,
     NoMemory,
     OllamaBusy,
+    OllamaDied,
     OllamaDown,
+    Repetitive,
     RunnerDied,
 )
 from edge_daemon.messages import Message
@@ -48,7 +51,12 @@ BEAT_S = 5.0
 PULL_STALL_S = 300.0
 """Ollama retries a stalled download by itself; after this long without a word it is taken for stuck."""
 PULL_LIMIT_S = 86_400.0
+MAX_LOADED = 3
+"""Models that Ollama keeps in memory if it is not told otherwise."""
+REPEATS = 30
+"""Ollama breaks an answer off that repeats a token more often."""
 
+_EXCEPT_LAST = re.compile(r"\bnot\s+\(?\s*\$\w*last", re.IGNORECASE)
 _MAX_NUMBER = 10**15
 _MAX_ERROR_CHARS = 300
 _READ_BYTES = 1 << 16
@@ -62,6 +70,8 @@ class ModelTag:
     name: str
     size_bytes: int
     digest: str
+    is_remote: bool = False
+    """It runs in somebody's cloud: this Ollama only passes the prompts on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,12 +80,16 @@ class ModelDetails:
 
     capabilities: frozenset[str]
     """Such as ``completion``, ``thinking``, ``embedding``; empty on old versions."""
+    family: str
+    """The architecture, such as ``qwen2``; empty when Ollama does not say."""
     blob: str | None
     """Path of the weights: models with the same blob share one runner, and `running` names only one of them."""
     kv_bytes_per_token: int | None
     """Memory that one token of context takes, for a cache of 16-bit numbers."""
     context_length: int | None
     """Tokens that the model was made for."""
+    continues: bool
+    """It goes on with a last message of the role ``assistant``, instead of answering anew."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +106,8 @@ class Running:
 class Generation:
     """One request for an answer: either ``prompt`` or ``messages``.
 
-    A last message of the role ``assistant`` is continued, and the answer is only what comes after it.
+    A last message of the role ``assistant`` is continued, and the answer is only what comes after it, if the model
+    ``continues``; another one answers anew.
     """
 
     model: str
@@ -104,8 +119,11 @@ class Generation:
     format: Any = None
     """``"json"``, a JSON schema as a dict, or None for free text."""
     keep_alive_s: float
-    can_think: bool = False
-    """The model's capabilities have ``thinking``: it is told not to. Other models may refuse to be told."""
+    truncate: bool = False
+    """Whether the beginning of what is longer than the context may be left out, without a word; else it is refused.
+    Versions before 0.12 leave it out all the same."""
+    think: bool | str | None = None
+    """Whether to think aloud, or how much. None does not mention it: a model that cannot think refuses to be told."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +143,8 @@ class Answer:
     eval_ns: int
     first_token_s: float | None
     """From the call to the first token, thinking included; None when there was none."""
+    thought: bool = False
+    """The model thought aloud, whatever it was told; the thoughts are not kept."""
     wall_s: float
 
 
@@ -218,7 +238,12 @@ class Ollama:
     def tags(self) -> tuple[ModelTag, ...]:
         """The models on disk."""
         return tuple(
-            ModelTag(name=_string(it, "name"), size_bytes=_number(it, "size"), digest=_string(it, "digest"))
+            ModelTag(
+                name=_string(it, "name"),
+                size_bytes=_number(it, "size"),
+                digest=_string(it, "digest"),
+                is_remote=bool(it.get("remote_host")) or _string(it, "name").lower().endswith(("-cloud", ":cloud")),
+            )
             for it in _listed(self._ask("GET", "/api/tags"))
         )
 
@@ -228,11 +253,14 @@ class Ollama:
         capabilities = shown.get("capabilities")
         info = shown.get("model_info")
         info = info if isinstance(info, dict) else {}
+        modelfile, details = _string(shown, "modelfile"), shown.get("details")
         return ModelDetails(
+            family=_string(details, "family") if isinstance(details, dict) else "",
             capabilities=frozenset(map(str, capabilities)) if isinstance(capabilities, list) else frozenset(),
-            blob=_blob(_string(shown, "modelfile")),
+            blob=_from_modelfile(modelfile, "FROM"),
             kv_bytes_per_token=_kv_bytes_per_token(info),
             context_length=_number(info, f"{info.get('general.architecture')}.context_length") or None,
+            continues=_from_modelfile(modelfile, "RENDERER") is None and _leaves_open(_string(shown, "template")),
         )
 
     def running(self) -> tuple[Running, ...]:
@@ -260,20 +288,27 @@ class Ollama:
 
         Raises:
             DeadlineExceeded: the load took longer than ``timeout_s`` and was broken off.
+            OllamaDied: the connection was lost meanwhile.
             Interrupted: by ``interrupt``; the load was broken off.
         """
         began = time.monotonic()
         body = {"model": model, "options": dict(options), "keep_alive": keep_alive_s, "stream": False}
-        with self._exchange("POST", "/api/generate", body, timeout_s, interrupt) as exchange:
+        with self._exchange("POST", "/api/generate", body, timeout_s, interrupt, lost=OllamaDied) as exchange:
             line = exchange.next(began + timeout_s, lambda: DeadlineExceeded("load", timeout_s))
         _check_model(line, model)
         _check_done(line, "load")
         return time.monotonic() - began
 
-    def unload(self, model: str) -> None:
-        """Have ``model`` unloaded as soon as it is idle; it is gone when `running` no longer lists it."""
-        with suppress(ModelMissing):
+    def unload(self, model: str) -> bool:
+        """Have ``model`` unloaded as soon as it is idle; it is gone when `running` no longer lists it.
+
+        False when Ollama has no such model: if it was deleted while resident, it stays until its lease ends.
+        """
+        try:
             self._ask("POST", "/api/generate", {"model": model, "keep_alive": 0, "stream": False})
+        except ModelMissing:
+            return False
+        return True
 
     def pull(self, model: str, *, on_progress: Callable[[str, int, int], None], interrupt: Interrupt) -> None:
         """Have Ollama fetch ``model``, telling ``on_progress`` what it does and how many bytes of how many it has.
@@ -301,14 +336,15 @@ class Ollama:
         """
         reply = _Reply(model=request.model, deadlines=deadlines, room_bytes=self._max_result_bytes)
         try:
-            with self._exchange("POST", "/api/chat", _chat(request), deadlines.total_s, interrupt) as exchange:
+            with self._exchange("POST", *_asked(request), deadlines.total_s, interrupt) as exchange:
                 while not reply.finished:
                     at, stage, limit_s = reply.deadline()
                     if text := reply.add(exchange.next(at, partial(DeadlineExceeded, stage, limit_s))):
                         on_text(text)
         except ModelError as error:
+            error = reply.explained(error)
             error.partial = reply.text
-            raise
+            raise error from None
         except Interrupted as error:
             error.pieces = tuple(reply.pieces)
             raise
@@ -322,26 +358,36 @@ class Ollama:
             )
 
     def _exchange(
-        self, method: str, path: str, body: Mapping[str, Any] | None, limit_s: float, interrupt: Interrupt | None
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None,
+        limit_s: float,
+        interrupt: Interrupt | None,
+        *,
+        lost: type[ModelError] = OllamaDown,
     ) -> "_Exchange":
         if interrupt and interrupt.reason is not None:
             raise Interrupted(interrupt.reason)
         # The read timeout only ends a thread whose caller has somehow failed to.
         timeout_s = (min(self._connect_timeout_s, limit_s), limit_s + _CONNECTION_MARGIN_S)
-        exchange = _Exchange(method, self._url + path, body, timeout_s, self._beat)
+        exchange = _Exchange(method, self._url + path, body, timeout_s, self._beat, lost=lost)
         if interrupt:
             interrupt.wakes(exchange.interrupt)
         return exchange
 
 
 def normalise(name: str) -> str:
-    """A model's name in the form in which names compare: lower case, with its tag."""
-    name = name.lower()
+    """A model's name in the form in which names compare: lower case, with its tag, without what goes without saying."""
+    name = name.lower().removeprefix("registry.ollama.ai/").removeprefix("library/")
     return name if ":" in name.rpartition("/")[2] else f"{name}:latest"
 
 
 class _Exchange:
-    """One request and its answer. Leaving the ``with`` block cuts the connection, whatever has come."""
+    """One request and its answer. Leaving the ``with`` block cuts the connection, whatever has come.
+
+    ``lost`` is the error of a connection that was made, and ended before anything came back over it.
+    """
 
     def __init__(
         self,
@@ -350,7 +396,10 @@ class _Exchange:
         body: Mapping[str, Any] | None,
         timeout_s: tuple[float, float],
         beat: Callable[[], None],
+        *,
+        lost: type[ModelError],
     ) -> None:
+        self._lost = lost
         self._request = partial(
             requests.Session.request,
             method=method,
@@ -379,14 +428,18 @@ class _Exchange:
 
     def next(self, deadline_at: float, late: Callable[[], Exception]) -> dict[str, Any]:
         """The next line of the answer; raises what ended it, or ``late()`` at ``deadline_at``."""
-        while (left_s := deadline_at - time.monotonic()) > 0:
+        while True:
             self._beat()
-            with suppress(Empty):
-                event = self._events.get(timeout=min(left_s, BEAT_S))
-                if isinstance(event, Exception):
-                    raise event
-                return event
-        raise late()
+            left_s = deadline_at - time.monotonic()
+            try:  # what has come in time counts, however late it is looked at
+                event = self._events.get(timeout=max(0.0, min(left_s, BEAT_S)))
+            except Empty:
+                if left_s <= 0:
+                    raise late() from None
+                continue
+            if isinstance(event, Exception):
+                raise event
+            return event
 
     def _run(self) -> None:
         begun = False
@@ -403,8 +456,8 @@ class _Exchange:
         except ModelError as error:
             self._events.put(error)
         except Exception as error:  # the caller waits for whatever happens here
-            lost = Incomplete if begun else OllamaDown
-            self._events.put(lost(f"{self._peer}: {_escaped(str(_root(error)))}"))
+            kind = Incomplete if begun else self._lost if self._wire.was_made else OllamaDown
+            self._events.put(kind(f"{self._peer}: {_escaped(_root_cause(error))}"))
 
 
 class _Wire(HTTPAdapter):
@@ -412,6 +465,7 @@ class _Wire(HTTPAdapter):
 
     def __init__(self) -> None:
         super().__init__(max_retries=0)
+        self.was_made = False
         self._lock = threading.Lock()
         self._handle: socket.socket | None = None
         self._is_cut = False
@@ -446,6 +500,7 @@ class _Wire(HTTPAdapter):
             if self._is_cut:
                 raise ConnectionAbortedError("cut before it was made")
             self._handle = socket.socket(fileno=os.dup(connected.fileno()))
+        self.was_made = True
 
 
 class _Connection(HTTPConnection):
@@ -472,6 +527,7 @@ class _Reply:
         self._deadlines = deadlines
         self._room_bytes = room_bytes
         self._truncated = False
+        self._thought = False
         self._last_line: Mapping[str, Any] = {}
         self._began = time.monotonic()
         self._first_at: float | None = None
@@ -493,11 +549,13 @@ class _Reply:
     def add(self, line: Mapping[str, Any]) -> str:
         """Take a line in, and return the text that it brought."""
         _check_model(line, self._model)
-        message = line.get("message") or {}
+        message = line.get("message") or {"content": line.get("response"), "thinking": line.get("thinking")}
         if not isinstance(message, dict):
             raise Incomplete("a message of the answer is no object")
         text = self._fitting(_string(message, "content"))
-        if text or _string(message, "thinking"):
+        is_thought = bool(_string(message, "thinking"))
+        self._thought |= is_thought
+        if text or is_thought:
             self.pieces.append(text)
             self._note_progress()
         if line.get("done") is True:
@@ -505,6 +563,13 @@ class _Reply:
             self.finished = True
             self._last_line = line
         return text
+
+    def explained(self, error: ModelError) -> ModelError:
+        """What it really was: Ollama ends an answer that repeats one token for ever, older versions without a word."""
+        last = self.pieces[-REPEATS:]
+        if type(error) is Incomplete and len(last) == REPEATS and last[0] and len(set(last)) == 1:
+            return Repetitive(f"the same token {REPEATS} times and more, then no end")
+        return error
 
     def answer(self) -> Answer:
         last = self._last_line
@@ -519,6 +584,7 @@ class _Reply:
             prompt_eval_ns=_number(last, "prompt_eval_duration"),
             eval_ns=_number(last, "eval_duration"),
             first_token_s=None if self._first_at is None else self._first_at - self._began,
+            thought=self._thought,
             wall_s=time.monotonic() - self._began,
         )
 
@@ -536,22 +602,30 @@ class _Reply:
             self._first_at = self._last_at
 
 
-def _chat(request: Generation) -> dict[str, Any]:
+def _asked(request: Generation) -> tuple[str, dict[str, Any]]:
+    """The path and the body that ask for an answer.
+
+    As a rule that is a chat. But of a model that could think, a chat heeds the ``format`` only when its thoughts are
+    over, which never happens where it has been told not to think; a prompt of its own heeds it from the start.
+    """
     messages = request.messages or (Message(role="user", content=request.prompt or ""),)
-    if request.system is not None:
-        messages = (Message(role="system", content=request.system), *messages)
-    body = {
+    body: dict[str, Any] = {
         "model": request.model,
-        "messages": [message.to_dict() for message in messages],
         "options": dict(request.options),
         "keep_alive": request.keep_alive_s,
+        "truncate": request.truncate,
         "stream": True,
     }
+    if request.think is not None:
+        body["think"] = request.think
     if request.format is not None:
         body["format"] = request.format
-    if request.can_think:
-        body["think"] = False
-    return body
+        if request.think is not None and [message.role for message in messages] == ["user"]:
+            system = {} if request.system is None else {"system": request.system}
+            return "/api/generate", body | {"prompt": messages[0].content} | system
+    if request.system is not None:
+        messages = (Message(role="system", content=request.system), *messages)
+    return "/api/chat", body | {"messages": [message.to_dict() for message in messages]}
 
 
 def _lines(response: requests.Response) -> Iterator[bytes]:
@@ -576,7 +650,7 @@ def _parsed(line: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):
         parsed = None
     if not isinstance(parsed, dict):
-        raise Incomplete(f"not a JSON object: {_escaped(line.decode(errors='replace'))}")
+        raise Incomplete(f"not a JSON object, {len(line)} bytes")  # not quoted: it may be part of an answer
     if "error" in parsed:
         raise _failure(200, line)
     return parsed
@@ -593,12 +667,37 @@ _MEANINGS: tuple[tuple[type[ModelError], tuple[str, ...]], ...] = (
             "out-of-memory",
             "out of memory",
             "not enough memory",
+            "cannot allocate memory",
+            "cannot be allocated",
             "failed to allocate",
             "unable to allocate",
+            "failed to commit memory",
+            "bad_alloc",
         ),
     ),
-    (ModelBroken, ("invalid file magic", "unable to load model", "may be incompatible", "unexpectedly reached end")),
-    (BadRequest, ("does not support", "must be of type", "invalid model name", "invalid json schema")),
+    (BadRequest, ("required for format", "parse grammar", "initialize samplers")),  # a schema that it cannot use
+    (
+        ModelBroken,
+        (
+            "invalid file magic",
+            "unable to load model",
+            "unknown model architecture",
+            "may be incompatible",
+            "unexpectedly reached end",
+        ),
+    ),
+    (Repetitive, ("token repeat limit",)),
+    (
+        BadRequest,
+        (
+            "does not support",
+            "must be of type",
+            "invalid model name",
+            "invalid json schema",
+            "exceeds the available context size",
+            "exceeds the context length",
+        ),
+    ),
     (ModelMissing, ("file does not exist",)),  # what a pull says of a name that nobody knows
     (OllamaBusy, ("server busy", "no slots available", "unexpected server status")),
 )
@@ -617,9 +716,13 @@ def _failure(status: int, body: bytes) -> ModelError:
 
 
 def _error_text(body: bytes) -> str:
+    """The words of an error; those of llama.cpp come packed in another one."""
+    text = body.decode(errors="replace")
     with suppress(ValueError, RecursionError, TypeError, KeyError):
-        return str(json.loads(body)["error"])
-    return body.decode(errors="replace")
+        while not isinstance(error := json.loads(text)["error"], dict):
+            text = str(error)
+        text = str(error["message"])
+    return text
 
 
 def _escaped(text: str) -> str:
@@ -628,10 +731,11 @@ def _escaped(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in cut)
 
 
-def _root(error: BaseException) -> BaseException:
+def _root_cause(error: BaseException) -> str:
+    """What lies at the bottom of it, in the system's words, without its number."""
     while inner := error.__cause__ or error.__context__:
         error = inner
-    return error
+    return str(getattr(error, "strerror", None) or error)
 
 
 def _check_model(line: Mapping[str, Any], model: str) -> None:
@@ -654,22 +758,44 @@ def _listed(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [model for model in models if isinstance(model, dict) and _string(model, "name")]
 
 
-def _blob(modelfile: str) -> str | None:
-    return next((line[5:].strip() for line in modelfile.splitlines() if line.startswith("FROM ")), None)
+def _from_modelfile(modelfile: str, instruction: str) -> str | None:
+    """What stands behind the first ``instruction``, such as the path of the weights behind FROM."""
+    lines = (line.partition(" ") for line in modelfile.splitlines())
+    return next((value.strip() for name, _, value in lines if name == instruction), None)
+
+
+def _leaves_open(template: str) -> bool:
+    """Whether a chat template leaves a last message of the assistant without an end.
+
+    A Go template that goes through the messages has to see to it, and does so by a condition on the last of them.
+    One without messages is cut by Ollama where the answer begins. Jinja, or no template at all, is for llama.cpp, which
+    leaves that message open by itself. What a renderer does that is built into Ollama cannot be seen from outside.
+    """
+    if "{%" in template or ".Messages" not in template:
+        return True
+    return _EXCEPT_LAST.search(template) is not None
 
 
 def _kv_bytes_per_token(info: Mapping[str, Any]) -> int | None:
     """Keys and values, 2 bytes each, of all layers and heads."""
+    prefix = f"{info.get('general.architecture')}."
 
     def number(key: str) -> int:
-        value = info.get(f"{info.get('general.architecture')}.{key}")
-        per_layer = value if isinstance(value, list) else [value]
-        return max(map(_whole, per_layer), default=0)
+        value = info.get(prefix + key)
+        return max(map(_whole, value), default=0) if isinstance(value, list) else _whole(value)
+
+    def heads_of_all_layers() -> int:
+        of_layers = info.get(kv_key := prefix + "attention.head_count_kv")
+        if isinstance(of_layers, list) and of_layers:
+            return sum(map(_whole, of_layers))
+        # Where the layers differ, Ollama keeps the list to itself. Such models share a head among four, as a rule.
+        of_one = _whole(of_layers) or (-(-heads // 4) if kv_key in info else heads)
+        return number("block_count") * of_one
 
     heads = number("attention.head_count")
     head_dim = number("embedding_length") // heads if heads else 0
     widths = (number("attention.key_length") or head_dim) + (number("attention.value_length") or head_dim)
-    return 2 * number("block_count") * (number("attention.head_count_kv") or heads) * widths or None
+    return 2 * heads_of_all_layers() * widths or None
 
 
 def _number(record: Mapping[str, Any], key: str) -> int:

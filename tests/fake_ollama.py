@@ -30,12 +30,23 @@ from enum import StrEnum
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 
+from tests.ports import free_port
+
 GB = 10**9
 POLL_S = 0.005
 
 KILLED = "llama-server process has terminated: signal: killed"
 BUSY = "server busy, please try again.  maximum pending requests exceeded"
 RUNNER_GONE = "an error was encountered while running the model: unexpected EOF"
+
+
+OPEN_TEMPLATE = (
+    "{{ range $i, $_ := .Messages }}{{ $last := eq (len (slice $.Messages $i)) 1 }}[{{ .Role }}]{{ .Content }}"
+    '{{ if not $last }}[end]{{ else if ne .Role "assistant" }}[end][assistant]{{ end }}{{ end }}'
+)
+"""A chat template that leaves a last message of the assistant open."""
+CLOSED_TEMPLATE = "{{ range .Messages }}[{{ .Role }}]{{ .Content }}[end]{{ end }}[assistant]"
+"""One that ends every message, and has a new one begun."""
 
 
 class Fault(StrEnum):
@@ -53,6 +64,7 @@ class Fault(StrEnum):
     HANG_LATER = "hang_later"
     DRIBBLE = "dribble"  # a byte every `dribble_s`
     THINKING = "thinking"  # all tokens are thoughts, until the length is used up
+    THINKING_EOF = "thinking_eof"  # thoughts, then the connection ends
     NO_METRICS = "no_metrics"
     NEGATIVE = "negative"  # metrics below zero and above all sense
     LONG_LINE = "long_line"  # one token of 100 KB, which is legal
@@ -77,10 +89,17 @@ class FakeModel:
     load_s: float = 0.0
     load_error: tuple[int, str] | None = None
     """Status and text that every load ends in, after `load_s`."""
+    kills_ollama: bool = False
+    """Each load, after `load_s`, ends all models and the connection, as when systemd stops Ollama for it."""
     answer: str | None = None
-    """What it says; None: `echo: ` and the last thing that a user said. A partial answer is continued."""
+    """What it says; None: `echo: ` and the last thing that a user said."""
+    template: str = OPEN_TEMPLATE
+    """With `CLOSED_TEMPLATE` an answer that was begun is answered anew, else it is continued."""
     first_token_s: float = 0.0
     token_s: float = 0.0
+    edition: int = 0
+    """Another one when the model was made or fetched anew."""
+    family: str = "fake"
     capabilities: tuple[str, ...] = ("completion",)
     context_length: int = 2048
     blob: str | None = None
@@ -102,7 +121,7 @@ class FakeModel:
     @property
     def digest(self) -> str:
         """64 hex digits."""
-        return self.name.encode().hex().ljust(64, "0")[:64]
+        return f"{self.edition or ''}{self.name.encode().hex()}".ljust(64, "0")[:64]
 
 
 @dataclass
@@ -113,6 +132,8 @@ class Seen:
     path: str
     body: dict[str, Any]
     headers: dict[str, str]
+    lines: int = 0
+    """So many have been sent of an answer that comes in lines."""
     aborted: bool = False
     finished: bool = False
 
@@ -153,10 +174,14 @@ def tagged(name: str) -> str:
 class FakeOllama:
     """The server and all its switches. A `with` block starts and stops it."""
 
+    host = "127.0.0.1"
+
     def __init__(
         self,
         *models: FakeModel,
+        pullable: Iterable[FakeModel] = (),
         port: int = 0,
+        host: str = "127.0.0.1",
         memory_bytes: int = 100 * GB,
         max_loaded: int = 3,
         now: Callable[[], float] = time.monotonic,
@@ -164,6 +189,7 @@ class FakeOllama:
         self.models = {model.name: model for model in models}
         self.memory_bytes = memory_bytes
         self.max_loaded = max_loaded
+        self.version = "0.33.0"
         self.default_keep_alive_s = 300.0
         self.unload_s = 0.0
         """How long an unloaded model stays in `/api/ps` and in memory."""
@@ -173,8 +199,17 @@ class FakeOllama:
         """No load ever ends, while everything else is fine."""
         self.quick_hang = False
         """`/api/version`, `tags`, `ps` and `show` never answer."""
+        self.pullable = {tagged(model.name): model for model in pullable}
+        """Models that are not there and can be fetched."""
+        self.pull_parts = 4
+        """In so many parts a model is fetched, each taking `pull_part_s`."""
+        self.pull_part_s = 0.0
+        self.pull_error = ""
+        """What a pull ends in, after a 200 and half of its parts."""
         self.hides_context = False
         """`/api/ps` says nothing of the context, as old versions."""
+        self.tells_context: Callable[[int], int] = int
+        """What `/api/ps` says of a context, which it may round."""
         self.requests: list[Seen] = []
         self.loads: list[str] = []
         """Names of the models in the order in which they were loaded."""
@@ -185,7 +220,8 @@ class FakeOllama:
         self._loading = threading.Lock()
         self._stopping = threading.Event()
         self._connections: set[socket.socket] = set()
-        self._port = port
+        self._port = port or free_port()
+        self._host = host
         self._server: ThreadingHTTPServer | None = None
 
     def __enter__(self) -> Self:
@@ -201,15 +237,14 @@ class FakeOllama:
     @property
     def url(self) -> str:
         """Where it listens; the same over stops and starts."""
-        return f"http://127.0.0.1:{self._port}"
+        return f"http://{self.host}:{self._port}"
 
     def start(self) -> None:
         """Listen, with no model loaded."""
         self._stopping = threading.Event()
         self._runners = {}
         self._loading = threading.Lock()
-        self._server = _Server(self, self._port)
-        self._port = self._server.server_port
+        self._server = _Server(self, self._host, self._port)
         threading.Thread(target=self._server.serve_forever, args=(POLL_S,), daemon=True).start()
 
     def stop(self) -> None:
@@ -320,7 +355,9 @@ class FakeOllama:
             "fake.attention.head_count_kv": 2,
         }
         return {
-            "modelfile": f"# Modelfile\n# FROM {model.name}\n\nFROM {model.blob}\nTEMPLATE {{{{ .Prompt }}}}\n",
+            "modelfile": f"# Modelfile\n# FROM {model.name}\n\nFROM {model.blob}\nTEMPLATE {model.template}\n",
+            "template": model.template,
+            "details": {"family": model.family},
             "model_info": info | model.model_info,
             "capabilities": list(model.capabilities),
         }
@@ -334,7 +371,9 @@ class FakeOllama:
         with self._changed:
             self._tidy()
             runners = sorted(self._runners.values(), key=lambda runner: -runner.expires_at)
-        context = [{} if self.hides_context else {"context_length": runner.num_ctx} for runner in runners]
+        context = [
+            {} if self.hides_context else {"context_length": self.tells_context(runner.num_ctx)} for runner in runners
+        ]
         return {
             "models": [
                 _listing(runner.model) | {"size": runner.model.ram_bytes, "size_vram": 0} | more
@@ -408,6 +447,11 @@ class FakeOllama:
         self.pause(model.load_s, connection)
         if model.load_error:
             raise Refused(*model.load_error)
+        if model.kills_ollama:
+            with self._changed:
+                self._runners.clear()
+            _break(connection)
+            raise Aborted
         if self.used_bytes() + (model.ram_bytes or 0) > self.memory_bytes:
             raise Refused(500, KILLED)
         lease_s = self.default_keep_alive_s if keep_alive_s is None else keep_alive_s
@@ -468,9 +512,9 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
 
-    def __init__(self, fake: FakeOllama, port: int) -> None:
+    def __init__(self, fake: FakeOllama, host: str, port: int) -> None:
         self.fake = fake
-        super().__init__(("127.0.0.1", port), _Handler)
+        super().__init__((host, port), _Handler)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Tell of every error but a broken connection: those are what it is for."""
@@ -503,6 +547,7 @@ class _Handler(BaseHTTPRequestHandler):
                 "/api/generate": self._generate,
                 "/api/chat": self._generate,
                 "/api/show": self._show,
+                "/api/pull": self._pull,
                 "/fake": self._configure,
             }
         )
@@ -511,7 +556,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.body: dict[str, Any] = json.loads(body) if body else {}
         self.begun = False
-        seen = Seen(self.command, self.path, self.body, dict(self.headers))
+        self.seen = seen = Seen(self.command, self.path, self.body, dict(self.headers))
         self.fake.requests.append(seen)
         try:
             self._answer(routes.get(self.path, self._unknown))
@@ -530,7 +575,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send(404, b"404 page not found", "text/plain")
 
     def _version(self) -> None:
-        self._quick({"version": "0.33.0"})
+        self._quick({"version": self.fake.version})
 
     def _tags(self) -> None:
         self._quick(self.fake.tags())
@@ -540,6 +585,30 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _show(self) -> None:
         self._quick(self.fake.show(self.body))
+
+    def _pull(self) -> None:
+        """Lines of progress; only the last one, `success`, is one, and errors come after a 200."""
+        fake, name = self.fake, tagged(str(self.body.get("model")))
+        self.begin()
+        self.line(_ndjson({"status": "pulling manifest"}))
+        model = fake.pullable.get(name)
+        if model is None:
+            raise Refused(200, "pull model manifest: file does not exist")
+        layer = {
+            "status": f"pulling {model.digest[:12]}",
+            "digest": f"sha256:{model.digest}",
+            "total": model.size_bytes,
+        }
+        self.line(_ndjson(layer))  # Ollama leaves `completed` out while it is 0
+        for part in range(1, fake.pull_parts + 1):
+            fake.pause(fake.pull_part_s, self.connection)
+            if fake.pull_error and 2 * part > fake.pull_parts:
+                raise Refused(200, fake.pull_error)
+            self.line(_ndjson(layer | {"completed": part * model.size_bytes // fake.pull_parts}))
+        for status in ("verifying sha256 digest", "writing manifest"):
+            self.line(_ndjson({"status": status}))
+        fake.models[name] = model
+        self.end(_ndjson({"status": "success"}))
 
     def _configure(self) -> None:
         self.fake.configure(self.body)
@@ -567,11 +636,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.fake.release(runner)
 
     def record(self, text: str, *, thinking: str = "", done: bool = False, **more: Any) -> dict[str, Any]:
-        said: dict[str, Any] = {"message": {"role": "assistant", "content": text}}
+        thoughts = {"thinking": thinking} if thinking else {}
+        said: dict[str, Any] = {"message": {"role": "assistant", "content": text} | thoughts}
         if self.path == "/api/generate":
-            said = {"response": text}
-        if thinking:
-            said.setdefault("message", said)["thinking"] = thinking
+            said = {"response": text} | thoughts
         return {"model": self.body.get("model"), "created_at": "2026-01-01T00:00:00Z"} | said | {"done": done} | more
 
     def _refuse(self, error: Refused) -> None:
@@ -597,6 +665,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def line(self, data: bytes) -> None:
         self.wfile.write(_chunk(data))
+        self.seen.lines += 1
 
     def end(self, last_line: bytes = b"") -> None:
         # In one piece: whoever has read the last line may hang up without having aborted anything.
@@ -671,7 +740,7 @@ class _Answering:
         match self._fault:
             case Fault.ERROR_LATER:
                 raise Refused(500, self._model.error_text)
-            case Fault.EOF:
+            case Fault.EOF | Fault.THINKING_EOF:
                 handler.end()
             case Fault.RESET:
                 _break(handler.connection)
@@ -706,12 +775,13 @@ class _Answering:
         messages = self._body.get("messages") or [{"role": "user", "content": self._body.get("prompt")}]
         asked = [message["content"] for message in messages if message["role"] == "user"]
         text = f"echo: {asked[-1] if asked else ''}" if self._model.answer is None else self._model.answer
-        said = messages[-1]["content"] if messages[-1]["role"] == "assistant" else ""
-        return text.removeprefix(said)
+        is_begun = messages[-1]["role"] == "assistant" and self._model.template != CLOSED_TEMPLATE
+        return text.removeprefix(messages[-1]["content"]) if is_begun else text
 
     def _say(self, token: str) -> None:
         handler = self._handler
-        line = _ndjson(handler.record("", thinking=token) if self._fault is Fault.THINKING else handler.record(token))
+        is_thought = self._fault in (Fault.THINKING, Fault.THINKING_EOF)
+        line = _ndjson(handler.record("", thinking=token) if is_thought else handler.record(token))
         if self._fault is Fault.WRONG_MODEL:
             line = _ndjson(handler.record(token) | {"model": "another:latest"})
         if self._fault is Fault.DRIBBLE:

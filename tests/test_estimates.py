@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from edge_daemon.errors import StorageFull
 from edge_daemon.estimates import TRUSTED_LOADS, Estimates, Facts
 from edge_daemon.scheduler import RATE_WINDOW_S
 
@@ -47,7 +48,7 @@ def test_everything_unknown_is_still_a_number(estimates: Estimates) -> None:
 def test_measurements_replace_guesses(estimates: Estimates) -> None:
     """After one load and one answer, the estimates are what was measured."""
     estimates.set_disk_size("m", 4_000_000_000)
-    assert estimates.loaded("m", seconds=2.5, told_bytes=900, drop_bytes=100) == 900
+    assert estimates.loaded("m", seconds=2.5, told_bytes=900, drop_bytes=100, at_most=10**6, num_ctx=2048) == 900
     answered(estimates)
     assert estimates.load_s("m") == 2.5
     assert estimates.facts("m").size_bytes == 900
@@ -58,23 +59,44 @@ def test_measurements_replace_guesses(estimates: Estimates) -> None:
 def test_means_follow_slowly(estimates: Estimates) -> None:
     """One odd measurement moves an estimate a little, many move it there."""
     for seconds in (10.0, 20.0):
-        estimates.loaded("m", seconds=seconds, told_bytes=1, drop_bytes=0)
+        estimates.loaded("m", seconds=seconds, told_bytes=1, drop_bytes=0, at_most=10**6, num_ctx=2048)
     assert estimates.load_s("m") == pytest.approx(13.0)
     for _ in range(30):
-        estimates.loaded("m", seconds=20.0, told_bytes=1, drop_bytes=0)
+        estimates.loaded("m", seconds=20.0, told_bytes=1, drop_bytes=0, at_most=10**6, num_ctx=2048)
     assert estimates.load_s("m") == pytest.approx(20.0, rel=0.01)
+
+
+def test_a_drop_that_could_not_be_read(estimates: Estimates) -> None:
+    """Loads of which the drop is not known, or which were with another context, do not count for it."""
+    for num_ctx, drop_bytes in ((1, 3_000), (1, 3_000), (1, 3_000), (1, None), (2, 3_000)):
+        size = estimates.loaded("m", seconds=1, told_bytes=1_000, drop_bytes=drop_bytes, at_most=10**6, num_ctx=num_ctx)
+        assert size == 1_000
+    assert estimates.facts("m").loads == 1
+
+
+def test_killed_for_want_of_memory(estimates: Estimates) -> None:
+    """It needs more than was thought; not more than there is, and never less than was thought."""
+    for at_most, size_bytes in ((10_000, 1_250), (1_100, 1_100), (900, 1_000)):
+        estimates.killed("m", 1_000, at_most=at_most, num_ctx=2_048)
+        assert estimates.facts("m").size_bytes == size_bytes
 
 
 def test_one_drop_of_memory_is_not_believed(estimates: Estimates) -> None:
     """What Ollama tells is the size, until several loads have plainly cost more; one coincidence does not stick."""
-    assert estimates.loaded("m", seconds=1, told_bytes=1_000, drop_bytes=50_000) == 1_000
+    assert estimates.loaded("m", seconds=1, told_bytes=1_000, drop_bytes=50_000, at_most=10**6, num_ctx=2048) == 1_000
     for _ in range(TRUSTED_LOADS):
-        size = estimates.loaded("n", seconds=1, told_bytes=1_000, drop_bytes=3_000)
+        size = estimates.loaded("n", seconds=1, told_bytes=1_000, drop_bytes=3_000, at_most=10**6, num_ctx=2048)
     assert size == estimates.facts("n").size_bytes == 3_000
     for _ in range(50):
-        size = estimates.loaded("n", seconds=1, told_bytes=1_000, drop_bytes=900)
+        size = estimates.loaded("n", seconds=1, told_bytes=1_000, drop_bytes=900, at_most=10**6, num_ctx=2048)
     assert size == 1_000
-    assert estimates.loaded("grew", seconds=1, told_bytes=1_000, drop_bytes=-5_000) == 1_000
+    noisy = [
+        estimates.loaded("o", seconds=1, told_bytes=1_000, drop_bytes=9_000, at_most=1_500, num_ctx=1) for _ in "1234"
+    ]
+    assert noisy == [1_000, 1_000, 1_000, 1_500]  # it fits: that has just been seen
+    assert (
+        estimates.loaded("grew", seconds=1, told_bytes=1_000, drop_bytes=-5_000, at_most=10**6, num_ctx=2048) == 1_000
+    )
 
 
 def test_output_length_is_known_by_type(estimates: Estimates) -> None:
@@ -129,7 +151,7 @@ def test_facts_survive_a_restart() -> None:
     """What is handed out to be remembered, and comes back through JSON, gives the same estimates."""
     kept: dict[str, str] = {}
     first = Estimates({}, lambda model, facts: kept.update({model: json.dumps(facts)}))
-    first.loaded("m", seconds=3, told_bytes=7, drop_bytes=9)
+    first.loaded("m", seconds=3, told_bytes=7, drop_bytes=9, at_most=10**6, num_ctx=2048)
     answered(first, task_type="q")
     again = Estimates({model: json.loads(facts) for model, facts in kept.items()}, lambda _model, _facts: None)
     assert again.facts("m") == first.facts("m")
@@ -140,6 +162,42 @@ def test_facts_of_other_versions_are_read() -> None:
     """Facts with fields that are not known, or without some that are, are of use as far as they go."""
     estimates = Estimates({"m": {"load_s": 4.0, "from the future": [1]}}, lambda _model, _facts: None)
     assert estimates.load_s("m") == 4.0
+
+
+def test_a_load_that_ended_us_is_told_once() -> None:
+    """It is made to last before it is asked for, counted by the next run, and forgiven by a load that is good."""
+    kept: dict[str, Any] = {}
+    lasts: list[dict[str, Any]] = []
+
+    def run() -> Estimates:
+        return Estimates(dict(kept), lambda model, facts: kept.update({model: facts}), lambda: lasts.append(dict(kept)))
+
+    for deaths in (1, 2):
+        run().load_begins("m", 7)
+        assert lasts[-1]["m"]["load_for"] == 7
+        estimates = run()
+        assert estimates.loads_that_ended_us() == {"m": 7}
+        assert estimates.facts("m").deaths == deaths
+        assert run().loads_that_ended_us() == {}
+    estimates.load_begins("m", None)
+    estimates.load_ended("m")
+    assert run().loads_that_ended_us() == {}
+    assert estimates.facts("m").deaths == 2
+    estimates.loaded("m", seconds=3, told_bytes=7, drop_bytes=9, at_most=10**6, num_ctx=2048)
+    assert run().facts("m").deaths == 0
+
+
+def test_a_load_that_cannot_be_noted_has_not_begun() -> None:
+    """Then nothing of it is remembered, by the next commit either."""
+    kept: dict[str, Any] = {}
+
+    def full() -> None:
+        raise StorageFull("no room")
+
+    estimates = Estimates({}, lambda model, facts: kept.update({model: facts}), full)
+    with pytest.raises(StorageFull):
+        estimates.load_begins("m", 7)
+    assert kept["m"]["load_for"] is None
 
 
 def test_the_rate_of_arrivals_rises_and_decays(estimates: Estimates) -> None:

@@ -23,6 +23,7 @@ from tests.conftest import NewMosquitto
 from tests.daemon import NODE, DaemonProcess
 from tests.fake_ollama import FakeModel, FakeOllama
 from tests.fakes import FakeClock
+from tests.loading import ensure
 from tests.mqtt_client import MqttClient
 
 MB = 10**6
@@ -60,6 +61,10 @@ class Board:
         """What a load could take."""
         return self.total_bytes - self.others_bytes - sum(self._used.values())
 
+    def version(self) -> str:
+        """As Ollama's."""
+        return "0.33.0"
+
     def tags(self) -> tuple[ModelTag, ...]:
         """As Ollama's."""
         return tuple(ModelTag(name=n, size_bytes=w.file_bytes, digest=n) for n, w in self._models.items())
@@ -67,7 +72,14 @@ class Board:
     def show(self, model: str) -> ModelDetails:
         """As Ollama's."""
         cache = self._models[model].cache_bytes_per_token
-        return ModelDetails(capabilities=frozenset(), blob=None, kv_bytes_per_token=cache, context_length=2048)
+        return ModelDetails(
+            capabilities=frozenset(),
+            blob=None,
+            kv_bytes_per_token=cache,
+            context_length=2048,
+            continues=True,
+            family="",
+        )
 
     def running(self) -> tuple[Running, ...]:
         """As Ollama's; each look brings models that are leaving nearer to their end."""
@@ -77,9 +89,10 @@ class Board:
                 del self._leaving[name], self._used[name]
         return tuple(Running(name=n, size_bytes=b, digest=n, context_length=None) for n, b in self._used.items())
 
-    def unload(self, model: str) -> None:
+    def unload(self, model: str) -> bool:
         """As Ollama's: it will be gone, but when?"""
         self._leaving[model] = self._dice.randrange(3)
+        return True
 
     def load(self, model: str, **_: Any) -> float:
         """As Ollama's on a machine without admission of its own: it loads whatever it is told to."""
@@ -140,7 +153,7 @@ def serve(pool: ModelPool, tasks: list[str]) -> int:
         decision = choose(view(pool, tasks))
         if decision is None:
             break
-        pool.ensure(decision.model, evict=decision.evict, reason=decision.reason)
+        ensure(pool, decision.model, evict=decision.evict, reason=decision.reason)
         tasks.remove(decision.model)
     return len(tasks)
 
