@@ -23,8 +23,10 @@ SETTLE_SHARE = 0.04
 """A load for tasks that have only just come is put off by this share of its length, to see the rest of a burst."""
 TICK_S = 0.001
 """A shorter wait is none."""
-HEAD_OF_LINE_EVERY = 3
+HEAD_OF_LINE_EVERY = 2
 """Each so many picks go to the task that is overdue most, so that short ones cannot starve a long one."""
+FORGOTTEN_EVERY = 9
+"""Each so many go to the overdue model that had no service for longest, so that old ones cannot starve a young one."""
 AGEING = 4.0
 """An overdue task goes before a fresh one of this many times less work, and once more."""
 SEARCH_MODELS = 4
@@ -39,6 +41,8 @@ class Policy:
         default_factory=lambda: {Priority.HIGH: 60.0, Priority.NORMAL: 300.0, Priority.LOW: 1800.0}
     )
     """After this wait a task is overdue. An urgent one is at once."""
+    deep_wait: float = 4.0
+    """In a backlog it is overdue after as long as the waiting work takes, at the latest after so many such waits."""
     urgent_swap_share: float = 0.25
     """The share of time that may go into loads for urgent tasks."""
     urgent_burst_s: float = 60.0
@@ -47,8 +51,14 @@ class Policy:
     """A loaded model works this many times its load time before an overdue task may force another load."""
     patience: float = 4.0
     """That task must also be overdue so many times more than those of the resident models ..."""
+    deep_loads: float = 40.0
+    """... or, with work of so many load times waiting, beside which a load hardly counts, ..."""
+    deep_patience: float = 1.2
+    """... so many times more, ..."""
     quanta: float = 8.0
     """... or wait for so many quanta. Both keep a backlog that is overdue as a whole from being served in its order."""
+    passes: int = 8
+    """After so many turns without service, a model with an overdue task goes before older tasks of others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,18 +100,23 @@ class Resident:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
-    """What the past means for the next decision: the turn that began with the last load."""
+    """What the past means for the next decision: the turn that began with the last load.
+
+    Urgent tasks, and the loads for them, are no part of it: they may come at any time, and as often as they like.
+    """
 
     model: str
-    """The model that was loaded or ran last."""
+    """The model that was loaded last."""
     used_s: float
-    """Seconds of service since the last load."""
+    """Seconds of service since then, that of urgent tasks included."""
     picks: int = 0
-    """Tasks run since the last load."""
+    """Tasks run so far."""
     load_s: float = 0.0
     """Seconds that the last load took."""
-    recent: tuple[str, ...] = ()
-    """Every model that has had service, the longest ago first."""
+    number: int = 0
+    """Loads so far."""
+    served: tuple[tuple[str, int], ...] = ()
+    """Every model that has had service, with the number of the turn in which it last had; the latest comes last."""
     urgent_credit_s: float = 0.0
     """Seconds of loading that urgent tasks may still cause."""
 
@@ -145,15 +160,18 @@ def choose(view: View) -> Decision | None:
     """The next task, or None when none waits (or none can be given room). The first rule that applies decides.
 
     1. Urgent: a resident model's urgent task; another's while the urgent credit pays for the load.
-    2. Turn: each third pick goes to an overdue task of a resident model, the first of a turn to the one just loaded.
+    2. Turn: each second pick goes to an overdue task of a resident model, and so does the first of the one just loaded.
     3. Overdue: once the last load has paid for itself (``_turn_is_over``), or no resident model has work, a model out
        of memory with an overdue task is loaded.
     4. Stay: resident models are served until they have no work.
     5. Plan: the model to load that costs least waiting, as far as is known now.
 
-    Rules 2 and 3 take the model that has been without service for longest, and its most overdue task. So no model gets
-    two turns while another has an overdue task, which waits, urgent work aside, for the turn that is on and one of each
-    other model at most. A turn is a load, quantum_loads * quanta times as long of service at most, and one task over.
+    Rules 2 and 3 take the most overdue task, but a model that had no service for as many turns as ``passes`` goes
+    first, and at each ninth pick the resident model that had none for longest. So a model with a task that stays
+    overdue, as any does after deep_wait soft waits, waits, urgent work aside, at most for the turn that is on,
+    ``passes`` more, one of each other model, and its own load. A turn is a load, and then quantum_loads * quanta times
+    as long of service and two tasks over at most, or nine tasks for each resident model if that is longer. Each swap
+    for an urgent task may cost one turn more.
     """
     desk = _Desk(view)
     for rule in (_urgent, _turn, _overdue, _stay, _plan):
@@ -179,21 +197,31 @@ def advance(
         decision: what was carried out.
         load_s: seconds of the load, if there was one.
         run_s: seconds of the generation, if there was one; a preempted or failed one counts with what it used.
-        idle_s: seconds before, in which nothing was loaded or run.
+        idle_s: seconds before, in which nothing was loaded or run; below 0 when runs beside the load were counted.
         policy: as in the view.
     """
     before = turn or Turn(model="", used_s=0.0, urgent_credit_s=policy.urgent_burst_s)
-    earned_s = policy.urgent_swap_share * (load_s + run_s + idle_s)
-    spent_s = load_s if decision.reason == "urgent" else 0.0
-    new = load_s > 0
-    return Turn(
-        model=decision.model,
-        used_s=run_s if new else before.used_s + run_s,
-        picks=(0 if new else before.picks) + (run_s > 0),
-        load_s=load_s if new else before.load_s,
-        recent=(*(m for m in before.recent if m != decision.model), decision.model),
-        urgent_credit_s=min(policy.urgent_burst_s, before.urgent_credit_s + earned_s) - spent_s,
-    )
+    after = credited(before, load_s + run_s + idle_s, policy=policy)
+    if decision.reason == "urgent":
+        return replace(after, used_s=after.used_s + run_s, urgent_credit_s=after.urgent_credit_s - load_s)
+    if load_s > 0:
+        after = replace(after, model=decision.model, number=after.number + 1, used_s=0.0, load_s=load_s)
+    if run_s > 0:
+        others = (last for last in after.served if last[0] != decision.model)
+        served = (*others, (decision.model, after.number))
+        after = replace(after, used_s=after.used_s + run_s, picks=after.picks + 1, served=served)
+    return after
+
+
+def credited(turn: Turn, elapsed_s: float, *, policy: Policy) -> Turn:
+    """The turn ``elapsed_s`` later, whatever was done in that time: urgent tasks have earned their share of it."""
+    earned_s = policy.urgent_swap_share * elapsed_s
+    return replace(turn, urgent_credit_s=min(policy.urgent_burst_s, turn.urgent_credit_s + earned_s))
+
+
+def lacks_room(view: View) -> bool:
+    """Whether the model of a waiting task could not be loaded even if all others but the pinned ones were unloaded."""
+    return _Desk(view).lacks_room()
 
 
 def preempts(view: View, running: Priority) -> bool:
@@ -248,16 +276,21 @@ def _urgent(desk: "_Desk") -> Decision | None:
 
 def _turn(desk: "_Desk") -> Decision | None:
     turn = desk.view.turn
-    if turn is None or turn.picks % HEAD_OF_LINE_EVERY:
+    if turn is None:
         return None
-    return desk.relieve("turn", desk.ready if turn.picks else [m for m in desk.ready if m == turn.model])
+    models = [m for m in desk.ready if desk.most_overdue(m)]
+    if turn.picks % FORGOTTEN_EVERY == 0:
+        models = sorted(models, key=desk.last_served)[:1]
+    elif turn.picks % HEAD_OF_LINE_EVERY:
+        models = [m for m in models if m == turn.model and (m, turn.number) not in turn.served]
+    return desk.relieve("turn", models)
 
 
 def _overdue(desk: "_Desk") -> Decision | None:
     late = [m for m in desk.outside if desk.most_overdue(m)]
     if not late or (desk.ready and not _turn_is_over(desk, late)):
         return None
-    return desk.relieve("overdue", [*late, *desk.ready])
+    return desk.relieve("overdue", late)
 
 
 def _turn_is_over(desk: "_Desk", late: list[str]) -> bool:
@@ -267,7 +300,9 @@ def _turn_is_over(desk: "_Desk", late: list[str]) -> bool:
     quantum_s = policy.quantum_loads * turn.load_s
     if turn.used_s < quantum_s:
         return False
-    return desk.age_of(late) >= policy.patience * desk.age_of(desk.ready) or turn.used_s >= policy.quanta * quantum_s
+    is_deep = sum(desk.work_s.values()) >= policy.deep_loads * turn.load_s
+    patience = policy.deep_patience if is_deep else policy.patience
+    return desk.age_of(late) >= patience * desk.age_of(desk.ready) or turn.used_s >= policy.quanta * quantum_s
 
 
 def _stay(desk: "_Desk") -> Decision | None:
@@ -300,10 +335,16 @@ class _Desk:
         self.ready = [m for m in self.queues if m in self.resident]
         self.outside = [m for m in self.queues if m not in self.resident and self._fits(self.pinned | {m})]
         self.work_s = {m: sum(h.run_s * h.count for h in heads) for m, heads in self.queues.items()}
+        self.limit_s = self._limits()
         self.weight = {m: sum(self._weight(h) for h in heads) for m, heads in self.queues.items()}
         total = sum(cost.rate_per_s for cost in view.costs.values()) or 1.0
         # The load that the next arrival will cost, in the mean, if the model is not resident by then.
         self.reload_s = {m: cost.load_s * cost.rate_per_s / total for m, cost in view.costs.items()}
+
+    def lacks_room(self) -> bool:
+        """Whether a model that tasks wait for finds no room beside the pinned ones."""
+        wanted = {head.model for head in self.view.heads} - self.resident
+        return any(not self._fits(self.pinned | {model}) for model in wanted)
 
     def decide(
         self,
@@ -326,10 +367,28 @@ class _Desk:
         """1 when overdue. A task with a short time to live is overdue at half of it."""
         if head.priority is Priority.URGENT:
             return math.inf
-        limit_s = self.view.policy.soft_wait_s[head.priority]
+        limit_s = self.limit_s[head.priority]
         if head.expires_in_s is not None:
             limit_s = min(limit_s, (head.waited_s + head.expires_in_s) / 2)
         return head.waited_s / max(limit_s, TICK_S)
+
+    def _limits(self) -> dict[Priority, float]:
+        """The wait after which a task of each priority is overdue.
+
+        In a backlog none is late before it has waited for as long as the work takes that waits of its priority and
+        above: whatever the order, somebody waits that long.
+        """
+        policy = self.view.policy
+        work_s = dict.fromkeys(WEIGHT, 0.0)
+        for heads in self.queues.values():
+            for head in heads:
+                work_s[head.priority] += head.run_s * head.count
+        limits, before_s = {}, 0.0
+        for priority in WEIGHT:
+            before_s += work_s[priority]
+            soft_s = policy.soft_wait_s.get(priority, 0.0)
+            limits[priority] = max(soft_s, min(before_s, policy.deep_wait * soft_s))
+        return limits
 
     def age_of(self, models: Iterable[str]) -> float:
         """The greatest age in these models."""
@@ -341,13 +400,28 @@ class _Desk:
         return max(overdue, key=lambda h: (self.age(h), -h.seq), default=None)
 
     def relieve(self, reason: str, models: Iterable[str]) -> Decision | None:
-        """The decision for the most overdue task of that model, of those with one, without service for longest."""
+        """The decision for the most overdue task; one of a model that was passed over too often goes before it."""
         overdue = {model: head for model in models if (head := self.most_overdue(model))}
         if not overdue:
             return None
-        recent = self.view.turn.recent if self.view.turn else ()
-        model = min(overdue, key=lambda m: (recent.index(m) if m in recent else -1, m))
+        turn = self.view.turn or Turn(model="", used_s=0.0)
+        last = dict(turn.served)
+        patient = {m for m in overdue if any(map(self._is_patient, self.queues[m]))}
+        passed_over = [m for m in patient if turn.number - last.get(m, 0) >= self.view.policy.passes]
+        if passed_over:
+            model = min(passed_over, key=self.last_served)
+        else:
+            model = max(overdue, key=lambda m: (self.age(overdue[m]), m))
         return self.decide(model, reason, overdue[model])
+
+    def _is_patient(self, head: Head) -> bool:
+        """Whether it became overdue by waiting: urgent tasks are so from the start, and would go first for ever."""
+        return head.priority is not Priority.URGENT and self.age(head) >= 1
+
+    def last_served(self, model: str) -> tuple[int, str]:
+        """A rank by last service: the model that has gone without it for longest comes first."""
+        order = [m for m, _ in self.view.turn.served] if self.view.turn else []
+        return (order.index(model) if model in order else -1, model)
 
     def pick_key(self, head: Head) -> tuple[float, int]:
         """Aged weighted shortest first."""
@@ -429,7 +503,8 @@ class _Desk:
         if cost is None:  # another client's: nobody here asks for it
             return 0.0
         tasks = self.weight[model] if model in waiting else 0.0
-        return (tasks + cost.rate_per_s * cost.load_s) * cost.load_s / self.sizes[model]
+        size_bytes = max(1, self.sizes[model])  # nothing is won by unloading another name of a model
+        return (tasks + cost.rate_per_s * cost.load_s) * cost.load_s / size_bytes
 
     def _expires_in_load(self, head: Head) -> bool:
         """Whether it cannot be helped: it would be over before its model is there, and is the only one of its class."""
