@@ -4,20 +4,19 @@ It alone changes the model pool and runs tasks. What others ask of it (``cancel`
 and interrupts; it acts on them at the next token.
 """
 
-import json
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from edge_daemon import schema
+from edge_daemon import answers
 from edge_daemon.breaker import TRIPS_AFTER, Breakers
 from edge_daemon.clock import Clock, iso
 from edge_daemon.errors import (
     BadRequest,
+    DaemonDied,
     DeadlineExceeded,
     ModelBroken,
     ModelError,
@@ -25,10 +24,13 @@ from edge_daemon.errors import (
     NoMemory,
     NoRoom,
     OllamaBusy,
+    OllamaDied,
     OllamaDown,
+    Repetitive,
     StorageFull,
 )
 from edge_daemon.estimates import Estimates
+from edge_daemon.journal import Kind, about
 from edge_daemon.messages import (
     Address,
     Failure,
@@ -39,11 +41,10 @@ from edge_daemon.messages import (
     Stored,
     Task,
     TaskState,
-    compact,
     status_seq,
 )
 from edge_daemon.model_pool import Ensured, ModelPool
-from edge_daemon.ollama import Answer, Deadlines, Generation, Interrupt, Interrupted, Ollama
+from edge_daemon.ollama import Answer, Deadlines, Generation, Interrupt, Interrupted, Ollama, normalise
 from edge_daemon.scheduler import (
     Cost,
     Decision,
@@ -53,10 +54,13 @@ from edge_daemon.scheduler import (
     View,
     advance,
     choose,
+    credited,
     estimate_wait,
+    lacks_room,
     preempts,
     prefetch,
 )
+from edge_daemon.steps import reached
 from edge_daemon.store import Store, Waiting
 from edge_daemon.telemetry import TaskMeter, TaskUsage
 
@@ -68,12 +72,18 @@ BEAT_S = 15.0
 """The longest that the loop waits for something to happen."""
 LOOK_S = 1.0
 """How old the knowledge of what is resident may be when a decision is made."""
-CHUNK_S = 0.25
-"""Streamed text is sent about four times a second."""
+IDLE_LOOK_S = 60.0
+"""The same while nothing waits: to ask Ollama wakes the board."""
 FULL_DISK_PAUSE_S = 5.0
 """So often it is tried whether a full disk has room again."""
+MAKES_WAY_AT_ONCE = 3
+"""So many times a task makes way for urgent ones without delay; stops of the daemon and a busy Ollama count."""
 LONGEST_PAUSE_S = 30.0
 """Ollama is asked again at least this often while it does not answer."""
+EXPIRE_AT_ONCE = 200
+"""At most so many tasks whose time is over are ended by one commit; then others get their turn."""
+PREFETCH_UNLOAD_S = 1.0
+"""How long the running answer may be left alone while room is made for the next model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,10 +109,12 @@ class Hooks:
     """Whether Ollama answers, told when that changes."""
     event: Callable[[str, str, dict[str, Any]], None]
     """Type, severity and data of something worth telling."""
+    ended: Callable[[], None] = lambda: None
+    """The worker's thread has ended, in whatever way."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rules:
+class RunRules:
     """How tasks are run."""
 
     deadlines: Deadlines
@@ -110,8 +122,10 @@ class Rules:
     scheduler: Policy
     preempt: bool = True
     prefetch: bool = True
-    can_think: Callable[[str], bool] = lambda _model: False
-    """Whether a model has to be told not to think aloud."""
+    think: Callable[[str], bool | str | None] = lambda _model: None
+    """What to tell a model about thinking aloud (``Generation.think``)."""
+    continues: Callable[[str], bool] = lambda _model: True
+    """Whether a model can be given the beginning of its answer, to go on from there."""
     fallbacks: Callable[[str], Sequence[str]] = lambda _model: ()
     """The models that may answer for one that cannot, in this order."""
 
@@ -124,19 +138,15 @@ class _Running:
     decision: Decision
     began_at: float
     ensured: Ensured | None
-    """The load that was done for it; None when its model could not be loaded."""
+    """The load that it has waited for; None when its model could not be loaded."""
     meter: TaskMeter | None = None
     interrupt: Interrupt = field(default_factory=Interrupt)
     cancelled: bool = False
     """Its interrupt may have come too late, or for another reason first."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Ordered:
-    """A load on its way, that a task waits for."""
-
-    decision: Decision
-    began_at: float
+    is_waited_for: bool = False
+    """An urgent task waits for it to make way."""
+    worth_it_at: float = float("inf")
+    """When it will have been written for as long as its prompt was read."""
 
 
 class Worker(threading.Thread):
@@ -159,7 +169,7 @@ class Worker(threading.Thread):
         pool: ModelPool,
         ollama: Ollama,
         estimates: Estimates,
-        rules: Rules,
+        rules: RunRules,
         meter: Callable[[], TaskMeter],
         clock: Clock,
         hooks: Hooks,
@@ -175,7 +185,7 @@ class Worker(threading.Thread):
         self._meter = meter
         self._clock = clock
         self._hooks = hooks
-        self._preload = list(preload)
+        self._preload = [normalise(model) for model in preload]
         self._awake = threading.Event()
         self._stopping = threading.Event()
         self._lock = threading.Lock()  # guards _running, so that a cancel meets the task either waiting or running
@@ -185,10 +195,12 @@ class Worker(threading.Thread):
         self._looked_at = float("-inf")
         self._ollama_up: bool | None = None
         self._unanswered = 0
+        self._short_of_room = False
         self._breakers = Breakers()
-        self._streams: dict[int, _Stream] = {}  # of tasks that have begun, by seq
-        self._fresh: dict[str, Ensured] = {}  # loads that no task has made use of yet
-        self._ordered: _Ordered | None = None
+        self._streams: dict[int, answers.Stream] = {}  # of tasks that have begun, by seq
+        self._fresh: dict[str, Ensured] = {}  # loads that no task which waited for them has carried yet
+        self._ordered: Decision | None = None  # what the load on its way is for; None when no task waits for it
+        self._untold: dict[str, type[ModelError]] = {}  # how the last load of a model failed; told once
         self._alone: dict[str, str] = {}  # models whose next load finds all others unloaded, and why
 
     # -- asked by others
@@ -224,13 +236,17 @@ class Worker(threading.Thread):
         )
         return Head(seq=1 << 62, model=task.model, priority=task.priority, waited_s=0.0, run_s=run_s, count=1)
 
-    def cancel(self, src: str | None, task_id: str) -> None:
-        """End a task, whether it waits or runs; one that has ended or is not known is left alone."""
+    def cancel(self, src: str | None, task_id: str) -> bool:
+        """End a task, whether it waits or runs; one that has ended or is not known is left alone.
+
+        Returns whether there was one to end.
+        """
         found = [self._store.find(src, task_id)] if src is not None else self._store.find_open(task_id)
-        for stored in found:
-            if stored is not None and stored.result is None:
-                with suppress(StorageFull):  # it goes on, as if nobody had asked
-                    self._cancel(stored)
+        unfinished = [stored for stored in found if stored is not None and stored.result is None]
+        for stored in unfinished:
+            with suppress(StorageFull):  # it goes on, as if nobody had asked
+                self._cancel(stored)
+        return bool(unfinished)
 
     def _cancel(self, stored: Stored) -> None:
         with self._lock:
@@ -238,28 +254,39 @@ class Worker(threading.Thread):
                 self._running.cancelled = True
                 self._running.interrupt.set("cancelled")
                 return
-            self._end_unrun(stored, TaskState.CANCELLED)
+            ended = self._end_waiting([stored], TaskState.CANCELLED)
+        self._tell_ended(ended)
 
-    def expire(self) -> None:
-        """End the waiting tasks whose time to live has passed; any thread may ask, also while another task runs."""
-        with self._lock, suppress(StorageFull):  # they are found again
-            for stored in self._store.expired():
-                self._end_unrun(stored, TaskState.EXPIRED)
+    def expire(self) -> bool:
+        """End waiting tasks whose time to live has passed; any thread may ask, also while another task runs.
 
-    def stop(self, *, drain_s: float, beat: Callable[[], None] = lambda: None) -> None:
+        Returns whether there are more of them than are ended by one commit.
+
+        Raises:
+            StorageFull: they still wait, and are found again at the next call.
+        """
+        with self._lock:
+            ended = self._end_waiting(self._store.expired(EXPIRE_AT_ONCE), TaskState.EXPIRED)
+        self._tell_ended(ended)
+        expiry = self._store.next_expiry()
+        return expiry is not None and expiry <= self._clock.monotonic()
+
+    def stop(
+        self, *, drain_s: float, patience_s: float = float("inf"), beat: Callable[[], None] = lambda: None
+    ) -> None:
         """Take no further task; let the running one finish within ``drain_s``, else put it aside. Then return.
 
-        ``beat`` is called every second while that takes.
+        That is waited for ``patience_s`` at most, and ``beat`` is called every second until then.
         """
         self._stopping.set()
         self._awake.set()
         if self._running is None:
             self._pool.interrupt_load("stopped")
         deadline = self._clock.monotonic() + drain_s
-        while self.is_alive():
-            if self._clock.monotonic() >= deadline:
+        while self.is_alive() and (now := self._clock.monotonic()) < deadline + patience_s:
+            if now >= deadline:
                 self.hurry()
-            self.join(min(1.0, max(0.01, deadline - self._clock.monotonic())))
+            self.join(min(1.0, max(0.01, deadline - now)))
             beat()
 
     def hurry(self) -> None:
@@ -276,51 +303,56 @@ class Worker(threading.Thread):
     def run(self) -> None:
         """The thread."""
         try:
+            self._count_deaths()
             while not self._stopping.is_set():
                 self.beat()
                 self._awake.clear()
                 try:
-                    pause_s = self._step()
+                    pause_s = 0 if self.expire() else self._step()
                 except StorageFull as error:
                     log.error("no task can be begun: %s", error)  # noqa: TRY400
                     pause_s = FULL_DISK_PAUSE_S
                 if pause_s > 0:
                     self._awake.wait(min(pause_s, BEAT_S))
+            self._break_off()
         except Exception:
             # Nobody above could handle it: main sees that the thread is gone and ends the process.
             log.exception("the worker failed")
+        finally:
+            self._hooks.ended()
 
     def _step(self) -> float:
         """Do one thing. Returns the seconds after which to look again if nothing happens, 0 for at once."""
-        self.expire()
         self._settle()
         if not self._look():
             return min(LONGEST_PAUSE_S, 2.0 ** min(self._unanswered, 5) / 2)
-        if self._preload:
-            self._load_ahead(self._preload.pop(0))
-            return 0
+        self._keep_warm()
         waiting = self._store.heads()
-        decision = choose(self._view(waiting)) if waiting else None
+        view = self._view(waiting)
+        if self._pool.loading is not None:
+            decision = self._choose_beside_load(view)
+        else:
+            decision = choose(view) if waiting else None
+            if self._preload and (decision is None or decision.reason != "urgent"):
+                self._load_ahead(self._preload[0])
+                return 0
+            self._room_is(short=decision is None and lacks_room(view))
         if decision is None:
             return self._idle(waiting)
         if decision.not_before_s > 0:
             return decision.not_before_s
         if decision.model == self._pool.loading:
             return 0  # it has come in this moment: take note of that first
-        if any(resident.model == decision.model for resident in self._pool.resident()):
+        if self._pool.serves(decision.model):
             self._run(decision)
-            return 0
-        if self._pool.loading is not None:
-            # One load at a time; the end of this one wakes us.
-            if decision.reason == "urgent" and not (self._ordered and self._ordered.decision.reason == "urgent"):
-                self._pool.interrupt_load("urgent")
-            return BEAT_S
-        self._load(decision)
+        else:
+            self._load(decision)
         return 0
 
     def _look(self) -> bool:
         """See what is resident. False when Ollama does not answer."""
-        if self._clock.monotonic() - self._looked_at < LOOK_S:
+        is_idle = not (self._store.open_count() or self._preload)
+        if self._clock.monotonic() - self._looked_at < (IDLE_LOOK_S if is_idle else LOOK_S):
             return True
         try:
             self._pool.refresh()
@@ -341,11 +373,25 @@ class Worker(threading.Thread):
         if up == self._ollama_up:
             return
         if up:
-            log.info("Ollama answers")
+            log.info("Ollama answers", extra=about(Kind.OLLAMA_UP))
         else:
-            log.warning("Ollama does not answer (%s); tasks wait until it does", why)
+            log.warning("Ollama does not answer (%s); tasks wait until it does", why, extra=about(Kind.OLLAMA_DOWN))
         self._ollama_up = up
         self._hooks.ollama(up)
+
+    def _room_is(self, *, short: bool) -> None:
+        """Whether tasks wait because nothing can be loaded for them: told when that changes."""
+        if short == self._short_of_room:
+            return
+        if short:
+            log.warning("no room in memory for any model that tasks wait for; they wait until there is")
+        else:
+            log.info("there is room in memory again")
+        self._short_of_room = short
+        severity = "warning" if short else "info"
+        self._hooks.event(
+            "memory_short" if short else "memory_enough", severity, {"room_bytes": self._pool.room_bytes()}
+        )
 
     def _idle(self, waiting: tuple[Waiting, ...]) -> float:
         """Nothing can be run: unload what has been idle too long."""
@@ -362,41 +408,58 @@ class Worker(threading.Thread):
                 return 1.0
         return max(0.01, min((seconds for seconds in due if seconds is not None), default=BEAT_S))
 
+    def _count_deaths(self) -> None:
+        """A load that was on its way when the daemon was killed, or the board went down, has failed like any other."""
+        for model, seq in self._estimates.loads_that_ended_us().items():
+            self._ordered = Decision(seq=seq, model=model, evict=(), reason="restart") if seq else None
+            with suppress(StorageFull):  # until there is room, no load is begun
+                self._load_failed(model, DaemonDied(self._estimates.facts(model).deaths))
+
+    def _break_off(self) -> None:
+        """At an orderly end: the load that is on its way did not end us."""
+        self._pool.interrupt_load("stopped")
+        with suppress(ModelError, Interrupted):
+            self._pool.settle(wait=True)
+
     # -- choosing
 
     def _view(self, waiting: Iterable[Waiting], *, also: Iterable[str] = ()) -> View:
         """The world as the scheduler sees it. ``also``: models whose cost is wanted though no task waits for them."""
         now = self._clock.monotonic()
         resident = self._pool.resident()
-        served = [(head, model) for head in waiting if (model := self._served_by(head.model, now))]
+        served = [(head, model) for head in waiting if (model := self._served_by(head, now))]
         models = {model for _, model in served} | {r.model for r in resident} | set(also)
         return View(
             heads=tuple(self._head(head, model, now) for head, model in served),
             resident=resident,
             costs={model: self._cost(model, now) for model in sorted(models)},
             budget_bytes=self._pool.room_bytes(),
-            turn=self._turn,
+            turn=self._turn and credited(self._turn, now - self._ended_at, policy=self._rules.scheduler),
             max_resident=self._pool.limits.max_resident,
             policy=self._rules.scheduler,
         )
 
-    def _served_by(self, model: str, now: float) -> str | None:
-        """The model that is to answer for ``model``: itself, or a fallback while it fails; None when it has to rest.
+    def _served_by(self, head: Waiting, now: float) -> str | None:
+        """The model that is to answer for a class of tasks: theirs, or a fallback while it fails; None when it rests.
 
         A model on its way into memory takes no task before it is there, so that resident ones go on meanwhile.
         """
-        model = self._stand_in(model)
+        model = self._stand_in(head.model, head.fallback)
         return model if self._breakers.may_try(model, now) and model != self._pool.awaited else None
 
-    def _stand_in(self, model: str) -> str:
-        """The first of ``model`` and its fallbacks that works, or may be tried anew; itself when none does."""
+    def _stand_in(self, model: str, fallback: Sequence[str] | None) -> str:
+        """The first of ``model`` and what may answer instead that works, or may be tried anew; itself when none does.
+
+        ``fallback`` is what the type of the task says; None leaves it to the settings of the model.
+        """
         now = self._clock.monotonic()
+        others = self._rules.fallbacks(model) if fallback is None else map(normalise, fallback)
 
         def works(name: str) -> bool:
             is_probed = name != self._pool.loading and self._breakers.may_try(name, now)
             return not self._pool.is_missing(name) and (is_probed or not self._breakers.is_open(name))
 
-        return next(filter(works, (model, *self._rules.fallbacks(model))), model)
+        return next(filter(works, (model, *others)), model)
 
     def _cost(self, model: str, now: float) -> Cost:
         cost = self._pool.cost(model)
@@ -417,6 +480,33 @@ class Worker(threading.Thread):
             expires_in_s=waiting.expires_at - now,
         )
 
+    def _choose_beside_load(self, view: View) -> Decision | None:
+        """A task of a resident model, while another one loads; for an urgent task that load is broken off."""
+        wanted = choose(self._for_urgent(view))
+        if wanted is not None and wanted.reason == "urgent" and not self._is_there(wanted.model):
+            self._pool.interrupt_load("urgent")
+            return None
+        return choose(self._without_loads(view))  # one load at a time: its end wakes us
+
+    def _for_urgent(self, view: View) -> View:
+        """What an urgent task can have: the room of a model that is on its way, unless that load is urgent as well."""
+        model, ordered = self._pool.loading, self._ordered
+        if model is None:
+            return view
+        waits = any(head.model == model and head.priority is Priority.URGENT for head in self._store.heads())
+        if waits or (ordered is not None and ordered.reason == "urgent"):
+            return self._without_loads(view)
+        others = tuple(resident for resident in view.resident if resident.model != model)
+        return replace(view, resident=others, budget_bytes=self._pool.room_without_load_bytes())
+
+    def _without_loads(self, view: View) -> View:
+        """The tasks that need no further load."""
+        return replace(view, heads=tuple(head for head in view.heads if self._is_there(head.model)))
+
+    def _is_there(self, model: str) -> bool:
+        """Whether it can be given a task, at once or as soon as note is taken of its load."""
+        return self._pool.serves(model) or (model == self._pool.loading and self._pool.awaited is None)
+
     # -- loading
 
     def _load(self, decision: Decision) -> None:
@@ -424,17 +514,36 @@ class Worker(threading.Thread):
         model = decision.model
         if reason := self._alone.pop(model, None):
             decision = replace(decision, evict=self._pool.evictable(), reason=reason)
-        self._ordered = _Ordered(decision=decision, began_at=self._clock.monotonic())
+        elif self._pool.must_reload(model):
+            decision = replace(decision, reason="context")
+        self._ordered = decision
         try:
-            self._pool.start_loading(model, evict=decision.evict, reason=decision.reason)
+            reached("load_ordered")
+            self._pool.start_loading(model, evict=decision.evict, reason=decision.reason, task=decision.seq)
         except ModelError as error:
             self._load_failed(model, error)
+        except StorageFull:
+            self._ordered = None
+            raise
 
     def _load_ahead(self, model: str) -> None:
+        if self._pool.serves(model):
+            self._preload.remove(model)
+            return
         try:
-            self._loaded(self._pool.ensure(model, reason="preload"))
-        except (ModelError, Interrupted) as error:
+            self._pool.start_loading(model, reason="preload")
+        except ModelError as error:
             log.warning("could not preload %s: %s", model, error)
+            self._preload.remove(model)
+
+    def _keep_warm(self) -> None:
+        """Pinned models, and those that tasks wait for, must not run out of their lease while others work."""
+        if self._pool.loading is None:
+            try:
+                self._pool.renew(head.model for head in self._store.heads())
+            except ModelError as error:
+                log.warning("could not renew a lease: %s", error)
+                self._look_again()
 
     def _settle(self) -> None:
         """Take note of a load that has ended."""
@@ -443,6 +552,7 @@ class Worker(threading.Thread):
             ensured = self._pool.settle()
         except Interrupted:
             self._ordered = None
+            self._look_again()  # Ollama may still hold what it had read
             return
         except ModelError as error:
             self._load_failed(model, error)
@@ -452,31 +562,47 @@ class Worker(threading.Thread):
         self._loaded(ensured)
         ordered, self._ordered = self._ordered, None
         if ordered:
-            self._advance(ordered.decision, load_s=ensured.load_s, began_at=ordered.began_at)
+            self._advance(ordered, load_s=ensured.load_s)
 
     def _loaded(self, ensured: Ensured) -> None:
+        self._untold.pop(ensured.model, None)
+        reached("load_noted")
         if ensured.load_s > 0:
             self._fresh[ensured.model] = ensured
 
     def _load_failed(self, model: str, error: ModelError) -> None:
         """A failed load counts as an attempt of the task that it was for, unless another model answers for it now."""
-        log.warning("could not load %s: %s", model, error)
+        self._tell_failed_load(model, error)
         self._look_again()
+        self._preload = [name for name in self._preload if name != model]  # that is tried once
         ordered, self._ordered = self._ordered, None
         if isinstance(error, DeadlineExceeded) and error.stage == "load":
             self._stuck(model, error)
-        if isinstance(error, NoMemory) and not isinstance(error, NoRoom) and self._pool.evictable():
+        if isinstance(error, OllamaDied):
+            self._alone[model] = "killed"  # as it may have been: the next load has all the memory
+        was_alone = ordered is not None and ordered.reason == "killed"
+        if isinstance(error, NoMemory) and not isinstance(error, NoRoom) and self._pool.evictable() and not was_alone:
             self._alone[model] = "killed"
             if ordered:
-                self._load(ordered.decision)
+                self._load(ordered)
             return
         self._model_failed(model, error)
-        if ordered is None or self._stand_in(model) != model:
+        if isinstance(error, NoRoom | OllamaBusy):
+            return  # nothing was tried: the task keeps its place, and its model rests a little
+        stored = self._store.get(ordered.seq) if ordered else None
+        if ordered is None or stored is None or self._stand_in(model, stored.task.fallback) != model:
             return  # no task has lost anything by it
-        running = self._claim(ordered.decision)
+        running = self._claim(ordered)
         if running is not None and not self._is_poison(running):
             running.ensured = None
             self._conclude(running, self._failed(running, error))
+
+    def _tell_failed_load(self, model: str, error: ModelError) -> None:
+        """Once for each kind of failure until a load succeeds: it is tried again and again."""
+        again = self._untold.get(model) is type(error)
+        self._untold[model] = type(error)
+        level, extra = logging.DEBUG if again else logging.WARNING, about(Kind.LOAD_REFUSED, model=model)
+        log.log(level, "could not load %s: %s", model, error, extra=extra)
 
     def _stuck(self, model: str, error: DeadlineExceeded) -> None:
         """A load hangs. Ollama's own queue of loads may be blocked by a model that it could not unload.
@@ -492,8 +618,10 @@ class Worker(threading.Thread):
         running = self._claim(decision)
         if running is None or self._is_poison(running):
             return
-        log.debug("task %d begins on %s (%s)", decision.seq, decision.model, decision.reason)
+        task, extra = running.stored.task, _about(Kind.TASK_BEGUN, running.stored, decision.model)
+        log.debug("task %s/%s begins on %s (%s)", *task.key, decision.model, decision.reason, extra=extra)
         self._tell(running.stored, TaskState.RUNNING)
+        reached("running_told")
         finished: Finished | None
         try:
             self._prefetch(decision.model)
@@ -504,7 +632,7 @@ class Worker(threading.Thread):
             self._look_again()
             self._model_failed(decision.model, error)
             finished = self._failed(running, error)
-        self._advance(decision, began_at=running.began_at)
+        self._advance(decision, run_s=self._clock.monotonic() - running.began_at)
         self._conclude(running, finished)
 
     def _claim(self, decision: Decision) -> _Running | None:
@@ -512,16 +640,24 @@ class Worker(threading.Thread):
             stored = self._store.claim(decision.seq)
             if stored is None:
                 return None
-            ensured = self._fresh.pop(decision.model, None) or Ensured(model=decision.model)
+            ensured = self._waited_for(decision.model, stored.accepted_at)
             began_at = self._clock.monotonic()
             self._running = _Running(stored=stored, decision=decision, began_at=began_at, ensured=ensured)
             return self._running
+
+    def _waited_for(self, model: str, accepted_at: float) -> Ensured:
+        """What a task that was accepted then has waited for of the last load of its model; one task carries it."""
+        ensured = self._fresh.get(model, Ensured(model=model)).since(accepted_at)
+        if ensured.load_s > 0:
+            del self._fresh[model]
+        return ensured
 
     def _is_poison(self, running: _Running) -> bool:
         """Whether all its attempts were spent by dying with us: such a task is ended, not tried for ever."""
         if running.stored.attempt <= self._rules.max_attempts:
             return False
         message = f"begun {self._rules.max_attempts} times without an end: it, or its model, kills what runs it"
+        running.stored = replace(running.stored, attempt=self._rules.max_attempts)  # the one counted last is none
         result = self._result(running, state=TaskState.FAILED, error=Failure(code="crash_loop", message=message))
         self._conclude(running, self._finished(running, result))
         return True
@@ -529,12 +665,13 @@ class Worker(threading.Thread):
     def _conclude(self, running: _Running, finished: Finished | None) -> None:
         with self._lock:
             self._running = None
-            if finished is None and running.cancelled:
-                self._end_unrun(running.stored, TaskState.CANCELLED)
+            is_cancelled = finished is None and running.cancelled
+        if finished is None and running.ensured is not None:
+            self._loaded(running.ensured)  # it is the next attempt that has waited for the load
+        if is_cancelled:
+            finished = self._unrun(running.stored, TaskState.CANCELLED)
         if finished is not None:
             self._end(finished)
-        elif running.ensured is not None:
-            self._loaded(running.ensured)  # the next attempt is the one that the load was for
 
     def _prefetch(self, running: str) -> None:
         """Load the next model while this one works, if it needs only memory that nobody misses."""
@@ -545,8 +682,10 @@ class Worker(threading.Thread):
         if plan is None or plan.model in self._alone:
             return
         try:
-            self._pool.start_loading(plan.model, evict=plan.evict, reason="prefetch")
-        except ModelError as error:
+            self._pool.start_loading(
+                plan.model, evict=plan.evict, reason="prefetch", unload_timeout_s=PREFETCH_UNLOAD_S
+            )
+        except (ModelError, StorageFull) as error:
             log.debug("no load ahead of %s: %s", plan.model, error)
 
     def _attempt(self, running: _Running) -> Finished:
@@ -554,30 +693,53 @@ class Worker(threading.Thread):
         task = stored.task
         running.meter = self._meter()
         stream = self._stream(stored) if task.stream else None
+        if stored.partial and not self._is_continued(running):  # another model had begun it
+            stored = running.stored = replace(stored, partial="", partial_tokens=0)
+
+        asked_at = self._clock.monotonic()
 
         def on_text(text: str) -> None:
+            reached("token_received")
             if stream:
                 stream.add(text)
-            if self._awake.is_set():
+            now = self._clock.monotonic()
+            if not text[-1:].isspace():  # white space is not kept
+                running.worth_it_at = min(running.worth_it_at, now + (now - asked_at))
+            if self._awake.is_set() or (running.is_waited_for and now >= self._makes_way_at(running)):
                 self._look_up(running)
 
+        reached("generation_due")
         answer = self._ollama.generate(
             self._generation(stored, model),
-            deadlines=self._rules.deadlines,
+            deadlines=self._deadlines(stored, model),
             on_text=on_text,
             interrupt=running.interrupt,
         )
+        reached("generation_done")
         self._pool.used(model)
         if self._breakers.succeeded(model):
             self._hooks.event("breaker_closed", "info", {"model": model})
         self._learn(task, model, answer)
-        result = self._result(running, **_outcome(stored, answer))
+        result = self._result(running, **answers.outcome(stored, answer))
         return self._finished(running, result, answer)
 
-    def _stream(self, stored: Stored) -> "_Stream":
+    def _deadlines(self, stored: Stored, model: str) -> Deadlines:
+        """Its first token may take twice as long as a prompt like this is expected to.
+
+        A load is allowed for: Ollama lists a model as resident whose process was killed, and loads it again unasked.
+        """
+        limits = self._rules.deadlines
+        prefill_s = self._estimates.prefill_s(model, stored.task.prompt_tokens + stored.partial_tokens)
+        expected_s = self._estimates.load_s(model) + prefill_s
+        return replace(limits, first_token_s=max(limits.first_token_s, 2 * expected_s))
+
+    def _stream(self, stored: Stored) -> answers.Stream:
         """The same one over all runs of a task, so that its numbers go on rising."""
         if stored.seq not in self._streams:
-            self._streams[stored.seq] = _Stream(stored.task.address, self._hooks.stream)
+            # The runs before a restart have sent no more chunks than tokens.
+            self._streams[stored.seq] = answers.Stream(
+                stored.task.address, self._hooks.stream, seq=stored.partial_tokens
+            )
         return self._streams[stored.seq]
 
     def _look_up(self, running: _Running) -> None:
@@ -585,22 +747,37 @@ class Worker(threading.Thread):
         self._awake.clear()
         if self._stopping.is_set():
             return
-        if self._is_to_make_way(running.stored.task):
+        running.is_waited_for = self._is_waited_for(running.stored.task)
+        if running.is_waited_for and self._clock.monotonic() >= self._makes_way_at(running):
             running.interrupt.set("preempted")
         else:
             self._prefetch(running.decision.model)
 
-    def _is_to_make_way(self, task: Task) -> bool:
+    def _is_waited_for(self, task: Task) -> bool:
         if not (self._rules.preempt and task.preemptible and self._store.depth()[Priority.URGENT]):
             return False
-        return preempts(self._view(self._store.heads()), task.priority)
+        return preempts(self._for_urgent(self._view(self._store.heads())), task.priority)
+
+    def _makes_way_at(self, running: _Running) -> float:
+        """The time from which on a task may be interrupted for an urgent one.
+
+        It makes way at once a few times. After that one that would begin anew never does, and one that is continued
+        has to be worth the reading of its prompt, so that at least half of its time is of use.
+        """
+        if running.stored.preempted < MAKES_WAY_AT_ONCE:
+            return float("-inf")
+        return running.worth_it_at if self._is_continued(running) else float("inf")
+
+    def _is_continued(self, running: _Running) -> bool:
+        """Whether it goes on where it was interrupted. An answer in a format begins anew, and not every model can."""
+        return running.stored.task.format is None and self._rules.continues(running.decision.model)
 
     def _generation(self, stored: Stored, model: str) -> Generation:
         task = stored.task
         num_predict = max(1, task.max_tokens - stored.partial_tokens)
         messages = task.messages or (Message(role="user", content=task.prompt or ""),)
         if stored.partial:
-            messages = (*messages, Message(role="assistant", content=stored.partial))
+            messages = answers.continued(messages, stored.partial)
         return Generation(
             model=self._pool.catalogue.spelling(model),
             messages=messages,
@@ -608,7 +785,8 @@ class Worker(threading.Thread):
             options={**self._pool.options(model), **task.options, "num_predict": num_predict},
             format=task.format,
             keep_alive_s=self._pool.lease_s(model),
-            can_think=self._rules.can_think(model),
+            truncate=bool(stored.partial),  # what was begun is not given up for having grown
+            think=self._rules.think(model),
         )
 
     def _learn(self, task: Task, model: str, answer: Answer) -> None:
@@ -622,14 +800,15 @@ class Worker(threading.Thread):
             run_s=answer.wall_s,
         )
 
-    def _advance(self, decision: Decision, *, began_at: float, load_s: float = 0.0) -> None:
+    def _advance(self, decision: Decision, *, load_s: float = 0.0, run_s: float = 0.0) -> None:
+        """Take note of a load or a run that has ended now."""
         now = self._clock.monotonic()
         self._turn = advance(
             self._turn,
             decision,
             load_s=load_s,
-            run_s=max(0.0, now - began_at - load_s),
-            idle_s=max(0.0, began_at - self._ended_at),
+            run_s=run_s,
+            idle_s=now - self._ended_at - load_s - run_s,
             policy=self._rules.scheduler,
         )
         self._ended_at = now
@@ -641,31 +820,26 @@ class Worker(threading.Thread):
         stored = running.stored
         self._look_again()
         if error.reason == "cancelled":
-            text = stored.partial + _clean(error.partial)
+            text = stored.partial + answers.clean(error.partial)
             return self._finished(running, self._result(running, state=TaskState.CANCELLED, text=text or None))
         partial, tokens = self._kept(running, error)
         if stored.seq in self._streams:
             self._streams[stored.seq].take_back()
         waiting = self._stored(lambda: self._store.put_aside(stored.seq, partial=partial, partial_tokens=tokens))
-        log.info("task %s/%s put aside (%s) after %d tokens", *stored.task.key, error.reason, tokens)
+        extra = _about(Kind.TASK_PUT_ASIDE, stored, running.decision.model)
+        log.info("task %s/%s put aside (%s) after %d tokens", *stored.task.key, error.reason, tokens, extra=extra)
         self._hooks.event("task_put_aside", "info", self._put_aside_data(running, error, tokens))
         if waiting:
             self._tell(waiting, TaskState.QUEUED)
         return None
 
     def _kept(self, running: _Running, error: Interrupted) -> tuple[str, int]:
-        """The text to continue from, and its tokens.
-
-        It ends where a token does, and not in white space: that would be cut into other tokens when it is read again
-        than it was when it was written. An answer in a format, or of a model that thinks, cannot be continued.
-        """
+        """The text to continue from, and its tokens: one token at least is left to be written."""
         stored = running.stored
-        if stored.task.format is not None or self._rules.can_think(running.decision.model):
+        if not self._is_continued(running):
             return "", 0
-        pieces = list(error.pieces[: stored.task.max_tokens - stored.partial_tokens - 1])
-        while pieces and pieces[-1][-1:].isspace():
-            pieces.pop()
-        return stored.partial + _clean("".join(pieces)), stored.partial_tokens + len(pieces)
+        text, tokens = answers.kept(error.pieces[: stored.task.max_tokens - stored.partial_tokens - 1])
+        return stored.partial + text, stored.partial_tokens + tokens
 
     def _put_aside_data(self, running: _Running, error: Interrupted, kept: int) -> dict[str, Any]:
         stored = running.stored
@@ -683,13 +857,15 @@ class Worker(threading.Thread):
         """Try again later, or end it."""
         stored, model = running.stored, running.decision.model
         if self._try_again(stored, model, error):
-            attempts = f"attempt {stored.attempt} of {self._rules.max_attempts}"
-            log.warning("task %s/%s on %s: %s; %s", *stored.task.key, model, error, attempts)
-            if waiting := self._stored(lambda: self._store.release(stored.seq)):
+            counted = not isinstance(error, OllamaBusy)
+            outlook = f"attempt {stored.attempt} of {self._rules.max_attempts}" if counted else "it keeps its place"
+            extra = _about(Kind.TASK_RETRIED, stored, model)
+            log.warning("task %s/%s on %s: %s; %s", *stored.task.key, model, error, outlook, extra=extra)
+            if waiting := self._stored(lambda: self._store.release(stored.seq, counted=counted)):
                 self._tell(waiting, TaskState.QUEUED)
             return None
         state = TaskState.TIMED_OUT if isinstance(error, DeadlineExceeded) else TaskState.FAILED
-        text = stored.partial + _clean(error.partial)
+        text = stored.partial + answers.clean(error.partial)
         return self._finished(running, self._result(running, state=state, text=text or None, error=Failure.of(error)))
 
     def _model_failed(self, model: str, error: ModelError) -> None:
@@ -701,34 +877,57 @@ class Worker(threading.Thread):
         was_open = self._breakers.is_open(model)
         rest_s = self._breakers.failed(model, self._clock.monotonic(), weight=_weight(error))
         if self._breakers.is_open(model) and not was_open:
-            log.error("%s failed too often in a row: it rests for %.0f s", model, rest_s)
+            extra = about(Kind.MODEL_RESTS, model=model)
+            log.error("%s failed too often in a row: it rests for %.0f s", model, rest_s, extra=extra)
             self._hooks.event("breaker_opened", "error", {"model": model, "rest_s": rest_s, "error": str(error)})
 
     def _try_again(self, stored: Stored, model: str, error: ModelError) -> bool:
+        if isinstance(error, OllamaBusy):
+            return True
         if stored.attempt >= self._rules.max_attempts:
             return False
-        if isinstance(error, DeadlineExceeded) and error.stage == "load":
+        if isinstance(error, DaemonDied) or (isinstance(error, DeadlineExceeded) and error.stage == "load"):
             return True
-        return error.retryable or self._stand_in(stored.task.model) != model
+        return error.retryable or self._stand_in(stored.task.model, stored.task.fallback) != model
 
-    def _end_unrun(self, stored: Stored, state: TaskState) -> None:
+    def _unrun(self, stored: Stored, state: TaskState) -> Finished:
+        """The end of a task that does not run."""
         waited_s = round(self._clock.monotonic() - stored.accepted_at, 6)
         result = self._terminal(stored, state=state, text=stored.partial or None, queued_s=waited_s, total_s=waited_s)
-        self._end(Finished(stored=stored, result=result))
+        return Finished(stored=stored, result=result)
+
+    def _end_waiting(self, waiting: Sequence[Stored], state: TaskState) -> list[Finished]:
+        """End tasks by one commit, with the lock held, and so without waiting for room. Returns what is to be told."""
+        ends = {stored.seq: self._unrun(stored, state) for stored in waiting}
+        ended = self._store.finish_many({seq: end.result for seq, end in ends.items()})
+        return [ends[seq] for seq in ended]
 
     def _end(self, finished: Finished) -> None:
-        if stream := self._streams.pop(finished.stored.seq, None):
-            stream.close()
-        if self._stored(lambda: self._store.finish(finished.stored.seq, finished.result)):
+        """End the task that ran."""
+        seq = finished.stored.seq
+        if stream := self._streams.get(seq):
+            stream.send_rest()
+        if self._stored(lambda: self._store.finish(seq, finished.result)):
+            self._tell_ended([finished])
+
+    def _tell_ended(self, ended: Iterable[Finished]) -> None:
+        """Only what is stored is told: until then the end may not come, and the text go on."""
+        for finished in ended:
+            if stream := self._streams.pop(finished.stored.seq, None):
+                stream.close()
             self._hooks.finished(finished)
+            reached("result_told")
 
     def _stored(self, change: Callable[[], T]) -> T:
-        """What ``change`` in the store returns. On a full disk the worker waits for room, to lose nothing of a run."""
+        """What ``change`` in the store returns. On a full disk the worker waits for room, to lose nothing of a run.
+
+        Nothing that others wait for may be held meanwhile: room may be long in coming.
+        """
         while True:
             try:
                 return change()
             except StorageFull as error:
-                if threading.current_thread() is not self or self._stopping.is_set():
+                if self._stopping.is_set():
                     raise
                 log.error("waiting for room to keep a result: %s", error)  # noqa: TRY400
             self._stopping.wait(FULL_DISK_PAUSE_S)
@@ -746,17 +945,17 @@ class Worker(threading.Thread):
 
     def _result(self, running: _Running, **fields: Any) -> Result:
         now = self._clock.monotonic()
-        total_s = now - running.stored.accepted_at
-        run_s = now - running.began_at
-        load_s = running.ensured.load_s if running.ensured else 0.0
+        total_s = round(now - running.stored.accepted_at, 6)
+        run_s = round(now - running.began_at, 6)
+        load_s = round(running.ensured.load_s, 6) if running.ensured else None
         return self._terminal(
             running.stored,
             model=running.decision.model,
             swapped=bool(running.ensured and running.ensured.evicted),
-            queued_s=round(max(0.0, total_s - load_s - run_s), 6),
-            load_s=round(load_s, 6) if running.ensured else None,
-            run_s=round(run_s, 6),
-            total_s=round(total_s, 6),
+            queued_s=round(max(0.0, total_s - (load_s or 0.0) - run_s), 6),
+            load_s=load_s,
+            run_s=run_s,
+            total_s=total_s,
             **fields,
         )
 
@@ -788,86 +987,14 @@ class Worker(threading.Thread):
         self._hooks.status(stored.task.address, status)
 
 
-class _Stream:
-    """Text on its way to a sender that wants to see it come."""
-
-    def __init__(self, address: Address, send: Callable[[Address, dict[str, Any]], None]) -> None:
-        self._address = address
-        self._send = send
-        self._text = ""
-        self._held = ""
-        self._seq = 0
-        self._sent_at = float("-inf")
-
-    def add(self, text: str) -> None:
-        """Send what has gathered, when it is time. White space waits for a word after it: it may be taken back."""
-        self._held += text
-        if text[-1:].isspace():
-            return
-        self._text, self._held = self._text + self._held, ""
-        if time.monotonic() - self._sent_at >= CHUNK_S:
-            self._flush()
-
-    def take_back(self) -> None:
-        """The text is interrupted, and will be continued from its last word."""
-        self._held = ""
-
-    def close(self) -> None:
-        """Send the rest and say that it is the end."""
-        self._text, self._held = self._text + self._held, ""
-        if self._text:
-            self._flush()
-        self._seq += 1
-        self._send(self._address, {"seq": self._seq, "done": True})
-
-    def _flush(self) -> None:
-        self._seq += 1
-        self._send(self._address, {"seq": self._seq, "text": self._text})
-        self._text, self._sent_at = "", time.monotonic()
+def _about(kind: Kind, stored: Stored, model: str) -> dict[str, Any]:
+    return about(kind, task_id=stored.task.id, src=stored.task.src, model=model)
 
 
 def _weight(error: ModelError) -> int:
     """How much a failure speaks against the model that was to answer."""
-    if isinstance(error, OllamaBusy | OllamaDown | NoRoom):
+    if isinstance(error, OllamaBusy | OllamaDown | NoRoom | Repetitive):
         return 0
+    if isinstance(error, DaemonDied):
+        return error.times
     return TRIPS_AFTER if isinstance(error, NoMemory | ModelBroken) else 1
-
-
-def _clean(text: str) -> str:
-    """Text that can be stored and sent: half of a character, as a model may write it, is none."""
-    return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def _outcome(stored: Stored, answer: Answer) -> dict[str, Any]:
-    """The part of a result that the answer decides."""
-    decode_s = answer.eval_ns / 1e9
-    fields: dict[str, Any] = {
-        "state": TaskState.SUCCEEDED,
-        "text": stored.partial + _clean(answer.text),
-        "done_reason": answer.done_reason,
-        "prompt_tokens": answer.prompt_tokens,
-        "output_tokens": stored.partial_tokens + answer.output_tokens,
-        "tokens_per_s": round(answer.output_tokens / decode_s, 3) if decode_s > 0 else None,
-        "truncated": answer.truncated,
-    }
-    if stored.task.format is not None:
-        fields |= _parsed(stored.task.format, answer)
-    return fields
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _parsed(wanted: Any, answer: Answer) -> dict[str, Any]:
-    """The answer as JSON, or why it is none."""
-    try:
-        value = json.loads(answer.text, parse_constant=_no_constant)
-        compact(value).encode()  # a lone surrogate or an infinite number could be neither stored nor sent
-        problem = schema.problem(value, wanted) if wanted != "json" else None
-    except (ValueError, RecursionError) as error:
-        limit = "; it was cut at max_tokens" if answer.done_reason == "length" else ""
-        value, problem = None, f"answer: not JSON ({error}){limit}"
-    if problem is None:
-        return {"json": value}
-    return {"state": TaskState.FAILED, "error": Failure(code="invalid_output", message=problem, retryable=True)}

@@ -1,200 +1,27 @@
 """The loop that runs tasks, over a real store and real HTTP to a stand-in for Ollama."""
 
+import json
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from edge_daemon.estimates import Estimates
-from edge_daemon.messages import Address, Message, Priority, Result, Status, Stored, Submission, Task, TaskState
-from edge_daemon.model_pool import Catalogue, Change, ModelPolicy, ModelPool, PoolLimits
+from edge_daemon.breaker import TRIPS_AFTER
+from edge_daemon.errors import StorageFull
+from edge_daemon.logger import load_state
+from edge_daemon.messages import Message, Priority, Result, Status, TaskState
 from edge_daemon.ollama import Deadlines, Ollama
-from edge_daemon.scheduler import Policy
-from edge_daemon.store import Limits, Store
-from edge_daemon.telemetry import Board, Runners, TaskMeter
-from edge_daemon.worker import Finished, Hooks, Rules, Worker
-from tests.fake_ollama import FakeModel, FakeOllama, Fault, Seen
-from tests.fakes import FakeClock
+from edge_daemon.store import Store
+from edge_daemon.worker import EXPIRE_AT_ONCE, IDLE_LOOK_S, Worker
+from tests.fake_ollama import FakeModel, Fault
+from tests.rig import IDLE_S, MAX_ATTEMPTS, MB, Rig
 from tests.waiting import wait_until
 
-MB = 10**6
-IDLE_S = 3_600.0
-MAX_ATTEMPTS = 3
 MANY_WORDS = " ".join(f"w{n}" for n in range(400))
-
-
-class JumpingClock(FakeClock):
-    """Time that goes on as ever, and jumps ahead when told."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._began = time.monotonic()
-
-    def monotonic(self) -> float:
-        """The time since the start, jumps included."""
-        return super().monotonic() + time.monotonic() - self._began
-
-
-class Rig:
-    """A worker with all that it works with, and everything that it tells."""
-
-    def __init__(self, path: Path, fake: FakeOllama) -> None:
-        self.path = path
-        self.fake = fake
-        self.clock = JumpingClock()
-        self.statuses: list[Status] = []
-        self.chunks: list[tuple[Address, dict[str, Any]]] = []
-        self.finished: list[Finished] = []
-        self.edges: list[bool] = []
-        self.events: list[tuple[str, str, dict[str, Any]]] = []
-        self.changes: list[Change] = []
-        self.on_status: Callable[[Status], None] = lambda _status: None
-        self.deadlines = Deadlines(first_token_s=20, token_gap_s=20, total_s=20)
-        self.store: Store | None = None
-        self.worker: Worker | None = None
-
-    def start(
-        self,
-        *,
-        budget_mb: int = 1_000,
-        preload: tuple[str, ...] = (),
-        max_result_bytes: int = 1 << 18,
-        load_timeout_s: float = 20.0,
-        **rules: Any,
-    ) -> None:
-        """Open the store and start a worker on it, as a daemon that starts."""
-        self.store = Store(self.path, clock=self.clock, limits=Limits(urgent_reserve=0))
-        self.store._db.execute("PRAGMA synchronous = OFF")
-        ollama = Ollama(self.fake.url, connect_timeout_s=5, max_result_bytes=max_result_bytes)
-        estimates = Estimates(self.store.learnt(), self.store.learn)
-        pool = ModelPool(
-            ollama,
-            limits=PoolLimits(
-                budget_bytes=budget_mb * MB,
-                reserve_bytes=0,
-                load_timeout_s=load_timeout_s,
-                idle_timeout_s=IDLE_S,
-            ),
-            policy=lambda _model: ModelPolicy(num_ctx=1_000),
-            catalogue=Catalogue(
-                ollama, clock=self.clock, estimates=estimates, policy=lambda _: ModelPolicy(num_ctx=1_000)
-            ),
-            estimates=estimates,
-            clock=self.clock,
-            available_bytes=lambda: 10_000 * MB - self.fake.used_bytes(),
-            on_change=self.changes.append,
-            on_loaded=self.wake,
-        )
-        runners = Runners(Board(), lambda _command: False)
-        usual: dict[str, Any] = {"deadlines": self.deadlines, "max_attempts": MAX_ATTEMPTS, "scheduler": Policy()}
-        self.worker = Worker(
-            store=self.store,
-            pool=pool,
-            ollama=ollama,
-            estimates=estimates,
-            rules=Rules(**usual | rules),
-            meter=lambda: TaskMeter(Board(), runners),
-            clock=self.clock,
-            hooks=Hooks(
-                status=self._status,
-                stream=lambda address, chunk: self.chunks.append((address, chunk)),
-                finished=self.finished.append,
-                ollama=self.edges.append,
-                event=lambda *event: self.events.append(event),
-            ),
-            preload=preload,
-        )
-        self.worker.start()
-
-    def _status(self, _address: Address, status: Status) -> None:
-        self.statuses.append(status)
-        self.on_status(status)
-
-    def stop(self, drain_s: float = 0.0) -> None:
-        """Stop the worker and close the store."""
-        if self.worker is not None:
-            self.worker.stop(drain_s=drain_s)
-            assert not self.worker.is_alive()
-        if self.store is not None:
-            self.store.close()
-        self.worker = self.store = None
-
-    def wake(self) -> None:
-        """As the intake does."""
-        if self.worker is not None:
-            self.worker.wake()
-
-    def submit(self, *ids: str, **fields: Any) -> None:
-        """Have tasks accepted, for the model `a` unless told otherwise."""
-        assert self.store is not None
-        model = f"{fields.pop('model', 'a')}:latest"
-        usual: dict[str, Any] = {"src": "dev", "prompt": "why?", "ttl_s": 86_400.0, "max_tokens": 1_000}
-        usual |= {"prompt_tokens": 8, "received_at": self.clock.wall(), "model": model}
-        self.store.add_many([Submission(task=Task(id=task_id, **usual | fields)) for task_id in ids])
-        self.wake()
-
-    def stored(self, task_id: str) -> Stored:
-        """What the store has of a task."""
-        assert self.store is not None
-        (found,) = [it for it in (self.store.find("dev", task_id),) if it]
-        return found
-
-    def result(self, task_id: str) -> Result:
-        """The result of a task, as soon as it is there."""
-        wait_until(lambda: self.stored(task_id).result is not None and self.told(task_id), 20)
-        result = self.stored(task_id).result
-        assert result is not None
-        return result
-
-    def told(self, task_id: str) -> list[Finished]:
-        """How often the end of a task was told."""
-        return [it for it in list(self.finished) if it.result.id == task_id]
-
-    def result_in_time(self, task_id: str) -> Result:
-        """The result of a task, with time made to pass so that no pause keeps it waiting."""
-
-        def ended() -> bool:
-            self.clock.advance(0.5)
-            self.wake()
-            return self.stored(task_id).result is not None and bool(self.told(task_id))
-
-        wait_until(ended, 20)
-        return self.result(task_id)
-
-    def chats(self, model: str | None = None) -> list[Seen]:
-        """The generations that were asked for."""
-        return self.fake.asked("/api/chat", model=model)
-
-    def until_generating(self, count: int = 1) -> None:
-        """Wait until the `count`-th generation has been asked for."""
-        wait_until(lambda: len(self.chats()) >= count)
-
-    def order(self) -> list[str]:
-        """The prompts in the order in which they were run."""
-        return [seen.body["messages"][-1]["content"] for seen in self.chats()]
-
-    def seqs(self, task_id: str) -> list[tuple[str, int]]:
-        """State and number of every status of a task."""
-        return [(str(status.state), status.seq) for status in self.statuses if status.id == task_id]
-
-
-@pytest.fixture
-def fake() -> Iterator[FakeOllama]:
-    """Models of 100 MB whose files are small, so that a load is not put off for long."""
-    models = [FakeModel(name, size_bytes=40 * MB, ram_bytes=100 * MB) for name in "abc"]
-    with FakeOllama(*models, max_loaded=9) as server:
-        yield server
-
-
-@pytest.fixture
-def rig(tmp_path: Path, fake: FakeOllama) -> Iterator[Rig]:
-    """A worker that is not started yet."""
-    rig = Rig(tmp_path / "queue.db", fake)
-    yield rig
-    rig.stop()
 
 
 # -- one task
@@ -270,6 +97,61 @@ def test_a_resident_model_is_not_loaded_again(rig: Rig) -> None:
     assert rig.fake.loads == ["a:latest"]
 
 
+def adds_up(result: Result) -> bool:
+    """Whether its times are parts of the whole."""
+    parts = (result.queued_s or 0) + (result.load_s or 0) + (result.run_s or 0)
+    return result.total_s == pytest.approx(parts, abs=1e-9)
+
+
+def test_a_load_before_its_time_costs_a_task_nothing(rig: Rig) -> None:
+    """A task that comes when its model has been loaded ahead finds it there, however long the load took."""
+    rig.fake["a"].load_s = 0.3
+    rig.start(preload=("a",))
+    wait_until(lambda: rig.changes)
+    rig.submit("t")
+    result = rig.result("t")
+    assert (result.load_s, load_state(result)) == (0, "already_loaded")
+    assert adds_up(result)
+    (finished,) = rig.told("t")
+    assert finished.ensured is not None
+    assert finished.ensured.load_s == 0
+
+
+def test_a_task_has_waited_for_the_rest_of_a_load(rig: Rig) -> None:
+    """Of a load that had begun before it came, only the part after that is a part of its time."""
+    rig.fake["a"].load_s = 0.5
+    rig.start(preload=("a",))
+    wait_until(lambda: rig.fake.asked("/api/generate"))
+    rig.submit("t")
+    result = rig.result("t")
+    assert (result.load_s or 0) > 0
+    assert load_state(result) == "loaded"
+    assert adds_up(result)
+
+
+def urgent_in_between(rig: Rig) -> Result:
+    """The result of an urgent task that came while `long` was being written; with the `rig` not started yet."""
+    rig.fake["a"].answer = MANY_WORDS
+    rig.fake["a"].token_s = 0.01
+    rig.start()
+    rig.submit("long", stream=True)
+    wait_until(lambda: rig.chunks)
+    rig.submit("urgent", priority=Priority.URGENT, max_tokens=3)
+    return rig.result("urgent")
+
+
+def test_a_load_is_not_charged_to_whoever_comes_between(rig: Rig) -> None:
+    """The task that has waited for it carries it to its end; an urgent one that interrupts it later does not."""
+    rig.fake["a"].load_s = 0.2
+    urgent = urgent_in_between(rig)
+    rig.fake["a"].token_s = 0.0
+    long = rig.result("long")
+    assert (urgent.load_s, long.preempted) == (0, 1)
+    assert (long.load_s or 0) >= 0.2
+    assert adds_up(urgent)
+    assert adds_up(long)
+
+
 def test_what_is_learnt_is_kept(rig: Rig) -> None:
     """Load and generation are measured into the estimates, which the store keeps."""
     rig.fake["a"].token_s = 0.005
@@ -324,6 +206,52 @@ def test_a_resident_model_goes_on_first(rig: Rig) -> None:
     assert rig.fake.evictions == []
 
 
+def test_a_model_that_another_client_has_changed(rig: Rig) -> None:
+    """A model that somebody has loaded with another context is loaded anew before the task, and the result says so."""
+    rig.start()
+    rig.submit("first")
+    rig.result("first")
+    other = Ollama(rig.fake.url, connect_timeout_s=5)
+    other.load("a", options={"num_ctx": 4_096}, keep_alive_s=60, timeout_s=5)
+    rig.clock.advance(IDLE_LOOK_S)
+    rig.submit("second")
+    assert (rig.result("second").load_s or 0) > 0
+    assert [(change.reason, change.outcome) for change in rig.changes] == [
+        ("plan", "loaded"),
+        ("context", "unloaded"),
+        ("context", "loaded"),
+    ]
+    assert rig.fake.loads == ["a:latest"] * 3
+
+
+def test_a_long_prompt_may_take_long_to_read(rig: Rig) -> None:
+    """The deadline of the first token grows with the prompt, by the rate that was measured."""
+    rig.deadlines = Deadlines(first_token_s=0.2, token_gap_s=20, total_s=20)
+    rig.start()
+    rig.estimates.answered(
+        "a:latest", task_type=None, prompt_tokens=100, prefill_s=10.0, output_tokens=8, decode_s=1.0, run_s=11.0
+    )
+    rig.fake["a"].first_token_s = 0.5
+    rig.submit("short", prompt_tokens=1)
+    rig.submit("long", prompt_tokens=100)
+    assert rig.result("long").state is TaskState.SUCCEEDED
+    assert rig.result("short").state is TaskState.TIMED_OUT
+
+
+def test_a_preload_that_hangs_holds_up_nobody(rig: Rig) -> None:
+    """A model that is loaded ahead and does not come lets a resident one work meanwhile."""
+    rig.start()
+    rig.submit("first")
+    rig.result("first")
+    rig.stop()
+    rig.fake["b"].load_s = 60.0
+    rig.start(preload=("b",))
+    wait_until(lambda: rig.fake.asked("/api/generate", model="b"))
+    rig.submit("second")
+    assert rig.result("second").state is TaskState.SUCCEEDED
+    assert rig.fake.loads == ["a:latest"]
+
+
 def test_the_next_model_is_loaded_meanwhile(rig: Rig) -> None:
     """While memory allows, the next model comes into memory beside a generation, and its task finds it there."""
     rig.fake["a"].answer = MANY_WORDS
@@ -354,7 +282,7 @@ def test_cancel_a_waiting_task(rig: Rig) -> None:
     rig.submit("first", prompt="first")
     rig.until_generating()
     rig.submit("doomed", "other", prompt="later")
-    worker_of(rig).cancel("dev", "doomed")
+    assert worker_of(rig).cancel("dev", "doomed")
     result = rig.stored("doomed").result
     assert result is not None
     assert (result.state, result.attempt, result.model, result.text) == (TaskState.CANCELLED, 0, None, None)
@@ -377,12 +305,12 @@ def test_cancel_by_id_alone_meets_every_sender(rig: Rig) -> None:
 
 
 def test_cancel_what_is_not_there(rig: Rig) -> None:
-    """A cancel of an unknown or ended task changes nothing and raises nothing."""
+    """A cancel of an unknown or ended task changes nothing, raises nothing, and says that there was none."""
     rig.start()
     rig.submit("t")
     before = rig.result("t")
     for src, task_id in (("dev", "t"), ("dev", "nothing"), (None, "nothing"), ("stranger", "t")):
-        worker_of(rig).cancel(src, task_id)
+        assert not worker_of(rig).cancel(src, task_id)
     assert rig.stored("t").result == before
     assert len(rig.finished) == 1
 
@@ -518,6 +446,29 @@ def test_a_task_expires_while_ollama_is_down(rig: Rig) -> None:
     assert rig.result("t").state is TaskState.EXPIRED
 
 
+def test_thousands_that_expire_at_once(rig: Rig) -> None:
+    """They are ended some at a time, by few commits, and others get their turn in between; each is told once."""
+    count = 2 * EXPIRE_AT_ONCE + 50
+    rig.fake.stop()
+    rig.start()
+    rig.submit(*(f"t{n}" for n in range(count)), ttl_s=50.0)
+    rig.submit("stays")
+    wait_until(lambda: rig.edges == [False])
+    assert rig.store is not None
+    statements: list[str] = []
+    rig.store._db.set_trace_callback(statements.append)
+    before = worker_of(rig).beats
+    rig.clock.advance(51)
+    rig.wake()
+    wait_until(lambda: len(rig.finished) == count)
+    rig.store._db.set_trace_callback(None)
+    assert statements.count("COMMIT") == 3
+    assert worker_of(rig).beats >= before + 2
+    assert sorted(it.result.id for it in rig.finished) == sorted(f"t{n}" for n in range(count))
+    assert {it.result.state for it in rig.finished} == {TaskState.EXPIRED}
+    assert rig.store.open_count() == 1
+
+
 # -- failures
 
 
@@ -580,8 +531,120 @@ def test_a_task_that_kills_the_daemon_is_given_up(rig: Rig) -> None:
     rig.start()
     result = rig.result_in_time("t")
     assert result.error is not None
-    assert (result.state, result.error.code) == (TaskState.FAILED, "crash_loop")
+    assert (result.state, result.error.code, result.attempt) == (TaskState.FAILED, "crash_loop", MAX_ATTEMPTS)
     assert rig.chats() == []
+
+
+def died_loading(rig: Rig, model: str = "a", *, task: int = 0, deaths: int = 0) -> None:
+    """Leave the queue file as a daemon does that is killed while it loads a model for a task."""
+    with closing(Store(rig.path, clock=rig.clock)) as store:
+        store.learn(f"{model}:latest", {"load_for": task, "deaths": deaths})
+
+
+def waiting_for_a_start(rig: Rig, *ids: str, **fields: Any) -> list[int]:
+    """Tasks that an earlier daemon has accepted."""
+    rig.fake.stop()
+    rig.start()
+    rig.submit(*ids, **fields)
+    seqs = [rig.stored(task_id).seq for task_id in ids]
+    rig.stop()
+    rig.fake.start()
+    return seqs
+
+
+def test_a_load_that_killed_the_daemon_counts(rig: Rig) -> None:
+    """It was an attempt of its task, and a failure of its model, whose next load has all the memory."""
+    rig.fake["a"].load_s = 0.2
+    (seq,) = waiting_for_a_start(rig, "t")
+    died_loading(rig, task=seq)
+    other = Ollama(rig.fake.url, connect_timeout_s=5)
+    other.load("b", options={"num_ctx": 1_000}, keep_alive_s=60, timeout_s=5)
+    rig.start()
+    result = rig.result_in_time("t")
+    assert (result.state, result.attempt) == (TaskState.SUCCEEDED, 2)
+    assert rig.seqs("t") == [("queued", 3), ("running", 4)]
+    assert [(change.model, change.reason) for change in rig.changes] == [
+        ("b:latest", "room for a:latest"),
+        ("a:latest", "killed"),
+    ]
+    assert adds_up(result)
+
+
+def test_a_load_that_kills_the_daemon_each_time_is_given_up(rig: Rig) -> None:
+    """After so many starts its task is ended without another load; its model rests before it is tried for others."""
+    seq, _ = waiting_for_a_start(rig, "t", "next")
+    rig.fake.stop()
+    for deaths in range(MAX_ATTEMPTS):
+        rig.stop()
+        died_loading(rig, task=seq, deaths=deaths)
+        rig.start()
+        wait_until(lambda deaths=deaths: rig.stored("t").attempt > deaths)  # type: ignore[misc]
+    result = rig.result("t")
+    assert (result.state, result.attempt, load_state(result)) == (TaskState.FAILED, MAX_ATTEMPTS, "load_failed")
+    assert result.error is not None
+    assert (result.error.code, result.error.retryable) == ("crash_loop", False)
+    assert [*rig.seqs("t"), ("failed", result.seq)] == [("queued", 3), ("queued", 5), ("failed", 8)]
+    assert [name for name, *_ in rig.events] == ["breaker_opened"]
+    rig.fake.start()
+    assert rig.result_in_time("next").attempt == 1
+    assert rig.fake.loads == ["a:latest"]
+
+
+def test_a_fallback_answers_when_loads_have_killed_the_daemon(rig: Rig) -> None:
+    """The breaker of such a model opens over several starts, and its task is not given up where another can answer."""
+    (seq,) = waiting_for_a_start(rig, "t")
+    died_loading(rig, task=seq, deaths=TRIPS_AFTER - 1)
+    rig.start(fallbacks=lambda model: ("b:latest",) if model == "a:latest" else ())
+    result = rig.result("t")
+    assert (result.state, result.model, result.attempt) == (TaskState.SUCCEEDED, "b:latest", 1)
+
+
+def test_a_preload_that_killed_the_daemon_is_not_tried_again(rig: Rig) -> None:
+    """Nor is a task blamed for it; the others are loaded as ever, and so is it as soon as a task needs it."""
+    waiting_for_a_start(rig, "t")
+    died_loading(rig, "b")
+    rig.start(preload=("b", "a"))
+    assert rig.result("t").attempt == 1
+    assert rig.fake.loads == ["a:latest"]
+    rig.submit("late", model="b")
+    assert rig.result_in_time("late").attempt == 1
+
+
+@pytest.mark.parametrize("preload", [(), ("a",)])
+def test_a_load_is_noted_before_it_is_asked_for(rig: Rig, preload: tuple[str, ...]) -> None:
+    """A power cut during a load finds it in the queue file, with its task; an orderly stop leaves nothing to count."""
+    rig.fake.loads_hang = True
+    rig.start(preload=preload)
+    if not preload:
+        rig.submit("t")
+    wait_until(lambda: rig.fake.asked("/api/generate"))
+    assert rig.store is not None
+    assert rig.store.learnt()["a:latest"]["load_for"] == (0 if preload else rig.stored("t").seq)
+    rig.stop()
+    with closing(Store(rig.path, clock=rig.clock)) as store:
+        assert store.learnt()["a:latest"]["load_for"] is None
+
+
+def test_no_load_without_a_note_of_it(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a full disk none is begun, beside a task or for one; what needs none goes on, and all is done later."""
+    monkeypatch.setattr("edge_daemon.worker.FULL_DISK_PAUSE_S", 0.02)
+    rig.fake["a"].answer, rig.fake["a"].token_s = MANY_WORDS, 0.001
+    rig.start()
+    rig.submit("first", max_tokens=1)
+    rig.result("first")
+
+    def full() -> None:
+        raise StorageFull("no room")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(rig.estimates, "_make_last", full)
+        rig.submit("long")
+        rig.submit("next", model="b")
+        assert rig.result("long").state is TaskState.SUCCEEDED
+        before = worker_of(rig).beats
+        wait_until(lambda: worker_of(rig).beats > before + 5)
+        assert rig.fake.loads == ["a:latest"]
+    assert (rig.result("next").state, rig.result("next").attempt) == (TaskState.SUCCEEDED, 1)
 
 
 def test_a_good_answer_after_a_kill(rig: Rig) -> None:
@@ -718,11 +781,15 @@ def test_a_json_answer_is_parsed(rig: Rig) -> None:
         ('{"a": 1e999}', "json", "not JSON"),
         (r'{"a": "\ud800"}', "json", "not JSON"),
         ("[" * 5_000, "json", "not JSON"),
+        ("[" * 65 + "]" * 65, "json", "nested deeper than 64 levels"),
+        ('{"a":' * 900 + "1" + "}" * 900, "json", "nested deeper than 64 levels"),
+        ("[" * 100_000 + "]" * 100_000, "json", "nested deeper than 64 levels"),
         ('{"a": 1}', {"required": ["city"]}, "answer: city is missing"),
         ('"text"', {"type": "object"}, "not of type object"),
         ("", "json", "not JSON"),
     ],
 )
+@pytest.mark.usefixtures("no_collection")
 def test_an_invalid_answer_fails_with_its_text(rig: Rig, answer: str, wanted: Any, says: str) -> None:
     """An answer that is not what was asked for is told as such, and its text is kept."""
     rig.fake["a"].answer = answer
@@ -744,6 +811,14 @@ def test_json_that_was_cut_says_so(rig: Rig) -> None:
     assert result.error is not None
     assert result.error.message.endswith("it was cut at max_tokens")
     assert (result.text, result.done_reason, result.output_tokens) == ('{"a": 1,', "length", 2)
+
+
+def test_deep_json_is_an_answer(rig: Rig) -> None:
+    """As deep as is allowed, it is stored, and read again."""
+    rig.fake["a"].answer = '{"a": [' * 31 + "[1]" + "]}" * 31
+    rig.start()
+    rig.submit("t", format="json")
+    assert rig.result("t").json == json.loads(rig.fake["a"].answer)
 
 
 def test_a_number_that_is_an_answer(rig: Rig) -> None:
@@ -776,7 +851,7 @@ def test_metrics_that_make_no_sense(rig: Rig) -> None:
 
 def test_a_thinking_model_is_told_not_to(rig: Rig) -> None:
     """A model that can think aloud is asked not to, others are not asked; thoughts are never an answer."""
-    rig.start(can_think=lambda model: model == "b:latest")
+    rig.start(think=lambda model: False if model == "b:latest" else None)
     rig.submit("plain")
     rig.submit("thinker", model="b")
     rig.result("plain")
@@ -785,7 +860,30 @@ def test_a_thinking_model_is_told_not_to(rig: Rig) -> None:
     rig.fake["b"].fault = Fault.THINKING
     rig.submit("thoughts", model="b")
     result = rig.result("thoughts")
-    assert (result.state, result.text, result.done_reason) == (TaskState.SUCCEEDED, "", "length")
+    assert (result.state, result.text, result.done_reason) == (TaskState.FAILED, "", "length")
+    assert (result.error and result.error.code, result.attempt) == ("incomplete_output", 1)
+
+
+def test_two_names_of_a_model_and_another_one(rig: Rig) -> None:
+    """Room is made for another model by unloading the one, not its second name, which would win nothing."""
+    rig.fake.models["alias:latest"] = FakeModel(
+        "alias", size_bytes=40 * MB, ram_bytes=100 * MB, blob=rig.fake["a"].blob
+    )
+    rig.start(budget_mb=150)
+    for number, model in enumerate(("a", "alias", "b", "alias")):
+        rig.submit(f"t{number}", model=model)
+        assert rig.result(f"t{number}").state is TaskState.SUCCEEDED
+    assert rig.fake.resident() == ["alias:latest"]
+
+
+def test_an_answer_in_a_format_of_a_model_that_could_think(rig: Rig) -> None:
+    """It is asked for in the way in which the format is heeded, and may stand between the marks of a code block."""
+    rig.fake["b"].answer = '```json\n{"a": 1}\n```\n'
+    rig.start(think=lambda _model: False)
+    rig.submit("t", model="b", format="json")
+    result = rig.result("t")
+    assert (result.state, result.json) == (TaskState.SUCCEEDED, {"a": 1})
+    assert rig.chats() == []
 
 
 # -- streams
@@ -819,6 +917,35 @@ def test_a_stream_goes_on_over_a_retry_and_ends(rig: Rig) -> None:
 
 
 # -- Ollama goes and comes
+
+
+def test_a_lack_of_memory_is_told_once(rig: Rig) -> None:
+    """While other processes take the memory nothing is loaded, and that is told; the task is run when there is room."""
+    rig.taken_bytes = 9_950 * MB
+    rig.start()
+    rig.submit("t")
+    wait_until(lambda: rig.events)
+    rig.submit("another")
+    assert rig.fake.loads == []
+    rig.taken_bytes = 0
+    assert rig.result_in_time("t").state is TaskState.SUCCEEDED
+    assert [(event, severity) for event, severity, _ in rig.events] == [
+        ("memory_short", "warning"),
+        ("memory_enough", "info"),
+    ]
+
+
+def test_a_task_that_expires_during_its_load_is_no_lack_of_memory(rig: Rig) -> None:
+    """Nothing is loaded for it, and nobody is told that memory is short."""
+    rig.fake["a"].size_bytes = 600 * MB  # 15 s to load, as it is guessed
+    rig.start()
+    rig.submit("t", ttl_s=10.0)
+    wait_until(lambda: worker_of(rig).beats >= 2)
+    wait_until(lambda: not worker_of(rig)._awake.is_set())
+    rig.clock.advance(11.0)
+    rig.wake()
+    assert rig.result("t").state is TaskState.EXPIRED
+    assert (rig.fake.loads, rig.events) == ([], [])
 
 
 def test_ollama_down_and_up_is_told_once(rig: Rig) -> None:
@@ -938,6 +1065,22 @@ def test_stop_when_there_is_nothing_to_do(rig: Rig) -> None:
     assert beats
 
 
+def test_stop_waits_no_longer_than_it_may(rig: Rig) -> None:
+    """A worker that cannot end does not keep the stop waiting for ever."""
+    freed = threading.Event()
+
+    def hold(_status: Status) -> None:
+        freed.wait(20)
+
+    rig.on_status = hold
+    rig.start()
+    rig.submit("t")
+    wait_until(lambda: bool(rig.statuses))
+    worker_of(rig).stop(drain_s=0, patience_s=0.1)
+    assert worker_of(rig).is_alive()
+    freed.set()
+
+
 def test_what_runs_is_shown(rig: Rig) -> None:
     """The running task is there for whoever asks, and gone when it has ended."""
     rig.fake["a"].first_token_s = 0.3
@@ -957,13 +1100,7 @@ def test_what_runs_is_shown(rig: Rig) -> None:
 
 def test_an_urgent_task_goes_in_between(rig: Rig) -> None:
     """An urgent task stops the running one between two tokens; that is continued, and its text is whole."""
-    rig.fake["a"].answer = MANY_WORDS
-    rig.fake["a"].token_s = 0.01
-    rig.start()
-    rig.submit("long", stream=True)
-    wait_until(lambda: rig.chunks)
-    rig.submit("urgent", priority=Priority.URGENT, max_tokens=3)
-    urgent = rig.result("urgent")
+    urgent = urgent_in_between(rig)
     assert rig.stored("long").result is None
     rig.fake["a"].token_s = 0.0
     long = rig.result_in_time("long")
@@ -1013,3 +1150,93 @@ def test_a_full_disk_costs_no_result(rig: Rig, monkeypatch: pytest.MonkeyPatch) 
     wait_until(lambda: len(rig.finished) == 2)
     assert [finished.result.state for finished in rig.finished] == [TaskState.SUCCEEDED] * 2
     assert rig.stored("first").attempt == 1
+
+
+LARGE = {"filler": "x" * 60_000}
+"""Comes back in the result, which then finds no room where there is little."""
+
+
+def fill(rig: Rig) -> None:
+    """Let the queue file grow no further."""
+    assert rig.store is not None
+    (pages,) = rig.store._db.execute("PRAGMA page_count").fetchone()
+    rig.store._db.execute(f"PRAGMA max_page_count = {pages}")
+
+
+def make_room(rig: Rig) -> None:
+    """The opposite."""
+    assert rig.store is not None
+    rig.store._db.execute("PRAGMA max_page_count = 1000000")
+
+
+def returns(call: Callable[[], object]) -> bool:
+    """Whether a call comes back, from another thread."""
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(10)
+    return not thread.is_alive()
+
+
+def test_a_full_disk_and_an_expired_task_hold_up_nobody(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task whose end finds no room waits for it, while others may ask the worker for anything; then it ends."""
+    monkeypatch.setattr("edge_daemon.worker.FULL_DISK_PAUSE_S", 0.02)
+    rig.fake.stop()
+    rig.start()
+    rig.submit("t", ttl_s=50.0, meta=LARGE)
+    wait_until(lambda: rig.edges == [False])
+    fill(rig)
+    rig.clock.advance(51)
+    before = worker_of(rig).beats
+    rig.wake()
+    wait_until(lambda: worker_of(rig).beats > before + 5)
+    assert returns(lambda: worker_of(rig).cancel("dev", "t"))
+    with pytest.raises(StorageFull):
+        worker_of(rig).expire()
+    assert rig.finished == []
+    make_room(rig)
+    assert rig.result("t").state is TaskState.EXPIRED
+    assert len(rig.told("t")) == 1
+
+
+def test_a_full_disk_loses_no_cancel(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task cancelled just as it was set back ends so when there is room, is not run again, and holds up nobody."""
+    monkeypatch.setattr("edge_daemon.worker.FULL_DISK_PAUSE_S", 0.02)
+    rig.fake["a"].fault = Fault.ERROR_STATUS
+
+    def cancel(status: Status) -> None:
+        if status.state is TaskState.QUEUED:
+            fill(rig)
+            worker_of(rig).cancel("dev", "t")
+
+    rig.on_status = cancel
+    rig.start()
+    rig.submit("t", meta=LARGE)
+    wait_until(lambda: rig.seqs("t")[-1:] == [("queued", 3)])
+    before = worker_of(rig).beats
+    wait_until(lambda: worker_of(rig).beats > before + 5)
+    assert returns(lambda: worker_of(rig).cancel("dev", "t"))
+    assert not worker_of(rig).expire()
+    assert rig.finished == []
+    make_room(rig)
+    assert rig.result("t").state is TaskState.CANCELLED
+    assert len(rig.told("t")) == len(rig.chats()) == 1
+
+
+def test_a_stream_ends_only_with_its_task(rig: Rig) -> None:
+    """A cancel that finds no room changes nothing: the text goes on, and its end is told when it has come."""
+    rig.fake["a"].answer = MANY_WORDS
+    rig.fake["a"].token_s = 0.02
+    rig.start()
+    rig.submit("t", stream=True, meta=LARGE)
+    wait_until(lambda: rig.chunks)
+    rig.submit("urgent", priority=Priority.URGENT)
+    rig.until_generating(2)
+    fill(rig)
+    worker_of(rig).cancel("dev", "t")
+    assert [chunk for _, chunk in rig.chunks if "done" in chunk] == []
+    make_room(rig)
+    rig.fake["a"].token_s = 0.0
+    assert rig.result("t").state is TaskState.SUCCEEDED
+    chunks = [chunk for _, chunk in rig.chunks]
+    assert [chunk for chunk in chunks if "done" in chunk] == chunks[-1:]
+    assert "".join(chunk.get("text", "") for chunk in chunks) == rig.result("t").text
