@@ -23,18 +23,25 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from string import Template
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 
-from edge_daemon.errors import ConfigError
+from edge_daemon import sampling, schema
+from edge_daemon.errors import ConfigError, Rejected
 
 MAX_FILE_BYTES = 1 << 20
 MAX_DEPTH = 16
 MAX_NODES = 10_000
 MAX_TEXT = 1024
+MAX_PROSE = 8192
+MAX_SOURCES = 1000
+SOURCE = re.compile("[A-Za-z0-9_.:-]{1,64}")
 PASSWORD_NAME = "mqtt_password"  # noqa: S105  # the name of the systemd credential, not a secret
 PASSWORD_VARIABLE = "EDGE_LLM_MQTT_PASSWORD"  # noqa: S105  # the name of a variable, not a secret
+TOKENS_NAME = "http_tokens"
 
 Keys = tuple[str, ...]
 """The keys that lead to a value, from the top of the file."""
@@ -108,14 +115,59 @@ def _leads_nowhere(host: str) -> bool:
     return address.is_link_local or address.is_multicast or address.is_unspecified
 
 
+SENDER = "<src>"
+"""In a reply prefix: the name of the device that sent the task."""
+
+
+def _prose(value: Any) -> str:
+    """Text of several lines."""
+    if not isinstance(value, str) or not (value.strip() and len(value) <= MAX_PROSE) or "\0" in value:
+        raise ValueError(f"must be text in quotes of 1 to {MAX_PROSE} characters")
+    return value
+
+
+def _template(value: str) -> str:
+    if not Template(value).is_valid():
+        raise ValueError('must have a name behind every "$" ($temperature or ${temperature}), or another "$"')
+    return value
+
+
+def _options(value: Any) -> dict[str, Any]:
+    try:
+        return sampling.checked(_typed(dict, value))
+    except Rejected as error:
+        raise ValueError(f"must be sampling options ({error})") from None
+
+
+def _format(value: Any) -> Any:
+    if value != "json" and (fault := schema.malformed(_typed(dict, value))):
+        raise ValueError(f'must be "json" or a JSON schema ({fault})')
+    return value
+
+
+def _sources(value: Any) -> tuple[str, ...]:
+    names = [value] if isinstance(value, str) else _typed(list, value)
+    if len(names) > MAX_SOURCES or not all(isinstance(one, str) and SOURCE.fullmatch(one) for one in names):
+        raise ValueError(f"must be the name of a device, or a list of 0 to {MAX_SOURCES}")
+    return tuple(names)
+
+
 _CHARACTERS = "letters, digits, _ . and -"
 _LEVEL = "[A-Za-z0-9_.-]+"
 Seconds = Annotated[float, Within(0.1, 604_800)]
 File = Annotated[Path, _absolute]
 Level = Annotated[str, Within(1, 64), Like(_LEVEL, _CHARACTERS)]
 Topic = Annotated[str, Within(1, 64), Like(f"{_LEVEL}(/{_LEVEL})*", f"levels of {_CHARACTERS}, joined by /")]
-Prefix = Annotated[str, Within(2, 64), Like(f"({_LEVEL}/)+", f"levels of {_CHARACTERS}, each with a / behind it")]
+Prefix = Annotated[
+    str,
+    Within(2, 64),
+    Like(
+        f"({_LEVEL}/)+(({SENDER}|{_LEVEL})/)*",
+        f"levels of {_CHARACTERS} or, not the first, {SENDER}, each with a / behind it",
+    ),
+]
 Host = Annotated[str, Like(r"[A-Za-z0-9_.:%-]{1,253}", "a host name or an address")]
+TypeName = Annotated[str, Within(1, 64), Like("[A-Za-z0-9_.:-]*", "letters, digits, _ . : and -")]
 ModelName = Annotated[str, Within(1, 200), Like(r"[A-Za-z0-9][A-Za-z0-9_.:/-]*", "the name of a model")]
 
 
@@ -144,6 +196,17 @@ class Mqtt:
     max_packet_bytes: Annotated[int, Within(4096, 268_435_455)] = 2_000_000
     reply_prefixes: Annotated[tuple[Prefix, ...], Within(0, 16)] = ("reply/",)
     tls: Tls = field(default_factory=Tls)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Http:
+    """The gateway for those who speak HTTP."""
+
+    enabled: bool = False
+    host: Host = "127.0.0.1"
+    port: Annotated[int, Within(1, 65_535)] = 5000
+    tokens_file: File | None = None
+    max_waiting: Annotated[int, Within(1, 256)] = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,6 +261,60 @@ class Models:
     def allows(self, name: str) -> bool:
         """Whether a task may ask for ``name``."""
         return not self.only_listed or name in self.settings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskType:
+    """What holds for the tasks of one type where they state nothing else."""
+
+    model: ModelName | None = None
+    template: Annotated[Any, _prose, _template] | None = None
+    system: Annotated[Any, _prose] | None = None
+    options: Annotated[Any, _options] = field(default_factory=dict)
+    format: Annotated[Any, _format] | None = None
+    max_tokens: Annotated[int, Within(1, 1_048_576)] | None = None
+    priority: Literal["urgent", "high", "normal", "low"] | None = None
+    ttl_s: Annotated[float, Within(1, 604_800)] | None = None
+    fallback: Annotated[tuple[ModelName, ...], Within(0, 8)] | None = None
+    locked: tuple[
+        Literal["model", "template", "system", "options", "format", "max_tokens", "priority", "ttl_s"], ...
+    ] = ()
+    topic_source: Annotated[Any, _sources] = ()
+
+
+def _shipped_types() -> dict[str, TaskType]:
+    """The examples of ``config.yaml``."""
+    exact = {"temperature": 0}
+    state = {"type": "string", "enum": ["normal", "warning", "alarm"]}
+    text = {"type": "string", "maxLength": 40}
+    return {
+        "arithmetic": TaskType(template="What is $expression?", options=exact, max_tokens=64),
+        "classify": TaskType(
+            template="A machine reports a temperature of $temperature $unit.\n"
+            "Below 60 C is normal, 60 to 80 C is a warning, above 80 C is an alarm. Which is it?",
+            options=exact,
+            format=_object_of(state=state),
+            max_tokens=32,
+        ),
+        "summarize": TaskType(
+            template="Summarize the following text in one sentence:\n$text", options=exact, max_tokens=96
+        ),
+        "extract": TaskType(
+            template="What was measured, which value, which unit?\n$text",
+            options=exact,
+            format=_object_of(quantity=text, value={"type": "number"}, unit=text),
+            max_tokens=64,
+        ),
+    }
+
+
+def _object_of(**properties: Any) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -269,9 +386,11 @@ class Config:
     data_dir: File = Path("/var/lib/edge-llm")
     drain_timeout_s: Annotated[float, Within(0, 3600)] = 20
     mqtt: Mqtt = field(default_factory=Mqtt)
+    http: Http = field(default_factory=Http)
     ollama: OllamaConfig = field(default_factory=OllamaConfig)
     pool: Pool = field(default_factory=Pool)
     models: Models = field(default_factory=Models)
+    task_types: Annotated[Mapping[TypeName, TaskType], Within(0, 64)] = field(default_factory=_shipped_types)
     queue: Queue = field(default_factory=Queue)
     scheduler: Scheduler = field(default_factory=Scheduler)
     csv: Csv = field(default_factory=Csv)
@@ -284,9 +403,23 @@ class Config:
         return self.node or _hostname()
 
     @property
+    def models_named(self) -> tuple[str, ...]:
+        """Every model that is named anywhere, as it is written there; the default comes first."""
+        models, types = self.models, self.task_types.values()
+        names = [models.default, *models.settings, *models.defaults.fallback]
+        names += [name for settings in models.settings.values() for name in settings.fallback]
+        names += [name for kind in types for name in (kind.model, *(kind.fallback or ())) if name]
+        return tuple(dict.fromkeys(names))
+
+    @property
     def topic_root(self) -> str:
         """``<base_topic>/<node>``, under which all topics of the daemon lie."""
         return f"{self.base_topic}/{self.node_name}"
+
+    @property
+    def ollama_is_here(self) -> bool:
+        """Whether the models are in the memory of this machine."""
+        return is_here(urlsplit(self.ollama.url).hostname or "")
 
     @property
     def csv_path(self) -> Path:
@@ -308,18 +441,32 @@ def load(path: Path | None, overrides: Mapping[str, object] | None = None) -> Co
             and are checked as strictly.
 
     Raises:
-        ConfigError: one line that names the key, its problem and the limit, with the line number if it is in the file.
+        ConfigError: one line that names the key, its problem and the limit, with file and line if it is in the file.
     """
-    return _build("" if path is None else _read_config(path), overrides or {})
+    if path is None:
+        return _build("", overrides or {})
+    return _build(_read_config(path), overrides or {}, origin=f"{path}: ")
 
 
 def parse(text: str) -> Config:
     """The configuration from the text of a file.
 
     Raises:
-        ConfigError: as ``load`` does.
+        ConfigError: as ``load`` does, without a file.
     """
     return _build(text, {})
+
+
+def changed_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """The dotted keys in which two configurations differ."""
+    keys: list[str] = []
+    for item in dataclasses.fields(old):
+        before, after, key = getattr(old, item.name), getattr(new, item.name), prefix + item.name
+        if dataclasses.is_dataclass(before):
+            keys += changed_keys(before, after, f"{key}.")
+        elif before != after:
+            keys.append(key)
+    return keys
 
 
 def mqtt_password(config: Config) -> str | None:
@@ -328,8 +475,7 @@ def mqtt_password(config: Config) -> str | None:
     Raises:
         ConfigError: the source is there but cannot be read, is empty or not UTF-8, or there is no user name to it.
     """
-    credential = Path(os.environ.get("CREDENTIALS_DIRECTORY") or "/nonexistent", PASSWORD_NAME)
-    if credential.exists():
+    if credential := _credential(PASSWORD_NAME):
         password = _secret_file(f"credential {PASSWORD_NAME}", credential)
     elif config.mqtt.password_file:
         password = _secret_file("mqtt.password_file", config.mqtt.password_file)
@@ -340,6 +486,68 @@ def mqtt_password(config: Config) -> str | None:
     if config.mqtt.username is None:
         raise ConfigError("mqtt.username: must be set, because there is a password")
     return password
+
+
+def http_tokens(config: Config) -> Mapping[str, str]:
+    """Who may come in over HTTP: names by token, from the systemd credential or ``http.tokens_file``.
+
+    None at all means anybody on this machine, and is for a loopback address only.
+
+    Raises:
+        ConfigError: tokens are needed and there are none, or their file cannot be read, is open to others or wrong.
+    """
+    http = config.http
+    if not http.enabled:
+        return {}
+    if credential := _credential(TOKENS_NAME):
+        return _tokens(f"credential {TOKENS_NAME}", credential)
+    if http.tokens_file:
+        return _tokens("http.tokens_file", http.tokens_file)
+    if not is_loopback(http.host):
+        raise ConfigError(f"http.tokens_file: must be set, because http.host is {http.host} and not a loopback address")
+    return {}
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach ``host``, as far as its name says."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def is_here(host: str) -> bool:
+    """Whether ``host`` is this machine, as far as its name says."""
+    own = socket.gethostname().lower()
+    return is_loopback(host) or host.lower() in (own, f"{own}.local")
+
+
+def _tokens(source: str, path: Path) -> dict[str, str]:
+    data, mode = _read(source, path)
+    if mode & 0o037:
+        raise ConfigError(f"{source}: {path}: others can read or change it; chmod 640 or stricter")
+    tokens: dict[str, str] = {}
+    for number, line in enumerate(data.decode("utf-8", "replace").splitlines(), 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        entry = re.fullmatch(r"([A-Za-z0-9_.-]{1,64}):([!-~]{16,256})", line)
+        if not entry:
+            problem = (
+                "must be NAME:TOKEN, a name of 1 to 64 letters, digits, _ . and -, a token of 16 to 256 characters"
+            )
+            raise ConfigError(f"{source}: {path}: line {number}: {problem}")
+        if entry[2] in tokens:
+            raise ConfigError(f"{source}: {path}: line {number}: this token stands there for the second time")
+        tokens[entry[2]] = entry[1]
+    if not tokens:
+        raise ConfigError(f"{source}: {path}: there is no token in it")
+    return tokens
+
+
+def _credential(name: str) -> Path | None:
+    """What systemd has laid ready for us under ``name``."""
+    path = Path(os.environ.get("CREDENTIALS_DIRECTORY") or "/nonexistent", name)
+    return path if path.exists() else None
 
 
 def _secret_file(source: str, path: Path) -> str:
@@ -366,7 +574,8 @@ def _read(source: str, path: Path) -> tuple[bytes, int]:
         with path.open("rb") as file:
             data, mode = file.read(MAX_FILE_BYTES + 1), os.fstat(file.fileno()).st_mode
     except OSError as error:
-        raise ConfigError(f"{source}: {path}: {error.strerror}") from None
+        hint = "; try sudo, or another file with --config" if isinstance(error, PermissionError) else ""
+        raise ConfigError(f"{source}: {path}: {error.strerror}{hint if source == 'config' else ''}") from None
     if len(data) > MAX_FILE_BYTES:
         raise ConfigError(f"{source}: {path}: must be at most {MAX_FILE_BYTES} bytes")
     return data, mode
@@ -380,7 +589,7 @@ def _read_config(path: Path) -> str:
         return data.decode()
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise ConfigError(f"line {line}: must be UTF-8") from None
+        raise ConfigError(f"{path}: line {line}: must be UTF-8") from None
 
 
 # From data to records, by their annotations.
@@ -395,7 +604,8 @@ class _Wrong(ConfigError):
         self.keys = keys
 
 
-def _build(text: str, overrides: Mapping[str, object]) -> Config:
+def _build(text: str, overrides: Mapping[str, object], *, origin: str = "") -> Config:
+    """The configuration; ``origin`` goes before a complaint about ``text``."""
     lines: dict[Keys, int] = {}
     try:
         config: Config = _section(Config(), _parse_yaml(text, lines), ())
@@ -406,8 +616,13 @@ def _build(text: str, overrides: Mapping[str, object]) -> Config:
             config = _section(config, nested, ())
         _check_together(config)
     except _Wrong as wrong:
-        line = lines.get(wrong.keys)
-        raise ConfigError(f"line {line}: {wrong}" if line else str(wrong)) from None
+        if line := lines.get(wrong.keys):
+            origin += f"line {line}: "
+        elif wrong.keys:  # of the command line, or of several keys together
+            origin = ""
+        raise ConfigError(f"{origin}{wrong}") from None
+    except ConfigError as error:  # it is not YAML
+        raise ConfigError(f"{origin}{error}") from None
     return config
 
 
@@ -442,10 +657,11 @@ def _value(hint: Any, data: Any, keys: Keys, owner: Any) -> Any:
             return tuple(_value(arguments[0], item, keys, owner) for item in _typed(list, data))
         if origin is Mapping:
             names = {name: _value(arguments[0], name, keys, owner) for name in _typed(dict, data)}
-            return {name: _section(owner.defaults, data[name], (*keys, name)) for name in names}
+            base = getattr(owner, "defaults", arguments[1]())
+            return {name: _section(base, data[name], (*keys, name)) for name in names}
         if origin is Literal and data not in arguments:
             raise ValueError(f"must be one of {', '.join(map(_show, arguments))}")
-        return data if origin is Literal else _typed(hint, data)
+        return data if origin is Literal or hint is Any else _typed(hint, data)
     except (ValueError, OverflowError) as error:
         raise _Wrong(keys, f"{error}, not {_kind(data)}") from None
 
@@ -502,6 +718,7 @@ def _check_together(config: Config) -> None:
     """What must hold between keys."""
     mqtt, tls, models, queue = config.mqtt, config.mqtt.tls, config.models, config.queue
     tree = f"{config.base_topic}/"
+    fixed_parts = [prefix.partition(SENDER)[0] for prefix in mqtt.reply_prefixes]
     pinned = sum(settings.pinned for settings in models.settings.values())
     for key, is_wrong, problem in (
         ("mqtt.tls.key_file", tls.key_file and not tls.cert_file, "needs cert_file too"),
@@ -509,8 +726,13 @@ def _check_together(config: Config) -> None:
         ("mqtt.password_file", mqtt.password_file and not mqtt.username, "needs mqtt.username too"),
         (
             "mqtt.reply_prefixes",
-            any(prefix.startswith(tree) or tree.startswith(prefix) for prefix in mqtt.reply_prefixes),
+            any(fixed.startswith(tree) or tree.startswith(fixed) for fixed in fixed_parts),
             f"must lie outside {tree}, or an answer could pass for a task",
+        ),
+        (
+            "pool.memory_budget_bytes",
+            config.pool.memory_budget_bytes is None and not config.ollama_is_here,
+            "must be set, because ollama.url is another machine, whose memory cannot be seen from here",
         ),
         (
             "pool.max_resident",
@@ -529,6 +751,22 @@ def _check_together(config: Config) -> None:
         if is_wrong:
             raise _Wrong(tuple(key.split(".")), problem)
     _check_fallbacks(models)
+    _check_types(config)
+
+
+def _check_types(config: Config) -> None:
+    owners: dict[str, str] = {}
+    for name, kind in config.task_types.items():
+        keys = ("task_types", name)
+        for key, models in (("model", (kind.model,)), ("fallback", kind.fallback or ())):
+            for model in models:
+                if model is not None and not config.models.allows(model):
+                    raise _Wrong((*keys, key), f"{model} must be in models.settings, because of only_listed")
+        for source in kind.topic_source:
+            if owners.setdefault(source, name) != name:
+                raise _Wrong((*keys, "topic_source"), f"{source} belongs to task_types.{owners[source]}")
+        if kind.template is None and "template" in kind.locked:
+            raise _Wrong((*keys, "locked"), "template must be set before it can be locked")
 
 
 def _check_fallbacks(models: Models) -> None:

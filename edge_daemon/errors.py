@@ -18,11 +18,14 @@ EdgeError
     ├── ModelBroken      its file is damaged or not understood
     ├── BadRequest       Ollama refuses the request itself
     ├── RunnerDied       the process that ran the model is gone
+    │   └── OllamaDied   and Ollama with it, while it loaded the model
+    │       └── DaemonDied  and so are we, or the whole board: found at the next start
     ├── Incomplete       the answer ended without being finished
+    │   └── Repetitive   it repeated one token for ever: the model is sound, the answer is not
     └── DeadlineExceeded one of the deadlines passed; ``stage`` names it
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class EdgeError(Exception):
@@ -49,6 +52,16 @@ class Rejected(EdgeError):
         self.code = code
         self.message = message
         self.retryable = retryable
+
+
+def invalid_field(name: str, problem: str) -> Rejected:
+    """The refusal of a task for one of its fields; ``problem`` states the limit."""
+    return Rejected("invalid_field", f"{name}: {problem}")
+
+
+def shown(value: Any) -> str:
+    """A value from outside for an error message: short, on one line, without control characters."""
+    return ascii(value)[:60]
 
 
 class StoreError(EdgeError):
@@ -128,11 +141,30 @@ class RunnerDied(ModelError):
     retryable = True
 
 
+class OllamaDied(RunnerDied):
+    """The connection was lost during a load: it may have been too large, and the kernel have ended Ollama for it."""
+
+
+class DaemonDied(OllamaDied):
+    """The daemon, or the whole board, ended during a load; ``times`` in a row by now. Found at the next start."""
+
+    code = "crash_loop"
+    retryable = False
+
+    def __init__(self, times: int) -> None:
+        super().__init__("the daemon was killed, or the board went down, during a load of the model")
+        self.times = times
+
+
 class Incomplete(ModelError):
     """The answer stopped without ``done: true``; what came of it is kept."""
 
     code = "incomplete_output"
     retryable = True
+
+
+class Repetitive(Incomplete):
+    """The model repeated one token for ever, and Ollama broke it off; what came of it is kept."""
 
 
 class DeadlineExceeded(ModelError):

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import re
+import socket
 import tracemalloc
 import typing
 from collections.abc import Iterator
@@ -15,7 +16,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_daemon import config as config_module
-from edge_daemon.config import Config, ModelSettings, Mqtt, Queue, Within, load, mqtt_password, parse
+from edge_daemon.config import (
+    Config,
+    Http,
+    ModelSettings,
+    Mqtt,
+    Queue,
+    TaskType,
+    Within,
+    http_tokens,
+    load,
+    mqtt_password,
+    parse,
+)
 from edge_daemon.errors import ConfigError
 
 SHIPPED = Path(__file__).parent.parent / "config.yaml"
@@ -75,28 +88,25 @@ def test_shipped_file_is_the_defaults() -> None:
 
 def test_shipped_file_has_every_key_and_no_other() -> None:
     """Each field of the code is a key in the file, and the other way round."""
-    shipped = set(keys_of(yaml.safe_load(SHIPPED.read_text(encoding="utf-8"))))
-    assert shipped == {key for key, _ in fields(Config)}
+    data = yaml.safe_load(SHIPPED.read_text(encoding="utf-8"))
+    data["task_types"] = None  # its keys are names of types, see below
+    assert set(keys_of(data)) == {key for key, _ in fields(Config)}
 
 
-@pytest.mark.parametrize("key", [key for key, _ in fields(Config)])
-def test_shipped_file_explains_every_key(key: str) -> None:
-    """Each key has a comment of at least a few words."""
-    assert len(comments(SHIPPED.read_text(encoding="utf-8"))[key].split()) >= 3
+@pytest.mark.parametrize(("key", "hint"), list(fields(TaskType)))
+def test_shipped_file_explains_every_key_of_a_type(key: str, hint: Any) -> None:
+    """The keys of a task type stand in the comment above the types, each with its limits."""
+    comment = SHIPPED.read_text(encoding="utf-8").partition("\ntask_types:")[0]
+    entry = re.search(rf"\n#   {key}  +(.*(?:\n#    .*)*)", comment)
+    assert entry is not None
+    assert [limit for limit in limits(hint) if limit not in entry[1]] == []
 
 
-@pytest.mark.parametrize(("key", "limit"), [(key, limit) for key, hint in fields(Config) for limit in limits(hint)])
-def test_shipped_file_states_every_limit(key: str, limit: str) -> None:
-    """Each limit of the code stands in the comment of its key."""
-    comment = re.sub(r" \([^)]*\)", "", comments(SHIPPED.read_text(encoding="utf-8"))[key])
-    assert limit in comment
-
-
-@pytest.mark.parametrize("key", [key for key, hint in fields(Config) if typing.get_origin(hint) is typing.Literal])
-def test_shipped_file_states_every_choice(key: str) -> None:
-    """Each value that a key can have stands in its comment."""
-    comment = comments(SHIPPED.read_text(encoding="utf-8"))[key]
-    assert [choice for choice in typing.get_args(dict(fields(Config))[key]) if choice not in comment] == []
+def test_shipped_types_are_data() -> None:
+    """The types of the shipped file are those of the code: a template, and a schema where an answer is to act upon."""
+    types = load(SHIPPED).task_types
+    assert [name for name, kind in types.items() if kind.template] == ["arithmetic", "classify", "summarize", "extract"]
+    assert [name for name, kind in types.items() if kind.format] == ["classify", "extract"]
 
 
 def test_shipped_example_is_valid() -> None:
@@ -141,7 +151,26 @@ def test_an_empty_section_is_the_default(tmp_path: Path, section: str) -> None:
 )
 def test_ollama_url_loses_its_slash(url: str) -> None:
     """A host by name or address is taken, and a slash at the end goes, so that paths can be put behind it."""
-    assert parse(f"ollama: {{url: '{url}'}}").ollama.url == url.rstrip("/")
+    text = f"{{ollama: {{url: '{url}'}}, pool: {{memory_budget_bytes: 8000000000}}}}"
+    assert parse(text).ollama.url == url.rstrip("/")
+
+
+@pytest.mark.parametrize(
+    ("host", "is_here"),
+    [
+        *((host, True) for host in ("localhost", "127.1.2.3", "[::1]", "Pi1", "pi1.local")),
+        *((host, False) for host in ("pi2", "10.1.2.3", "pi1.lan")),
+    ],
+)
+def test_the_memory_of_another_machine_must_be_told(host: str, is_here: bool, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: FBT001
+    """Without a budget an Ollama elsewhere is refused by the key that is missing; this machine's memory is known."""
+    monkeypatch.setattr(socket, "gethostname", lambda: "pi1")
+    text = f"ollama: {{url: 'http://{host}:11434'}}"
+    if is_here:
+        assert parse(text).ollama_is_here
+    else:
+        with pytest.raises(ConfigError, match=r"pool\.memory_budget_bytes: must be set"):
+            parse(text)
 
 
 @pytest.mark.parametrize(
@@ -237,6 +266,9 @@ WRONG_VALUES = [
     ("mqtt.reply_prefixes", "[$SYS/]", "levels of"),
     ("mqtt.reply_prefixes", "[/]", "2 to 64"),
     ("mqtt.reply_prefixes", "[/a/]", "levels of"),
+    ("mqtt.reply_prefixes", "[<src>/]", "not the first, <src>"),
+    ("mqtt.reply_prefixes", "[reply/x<src>/]", "levels of"),
+    ("mqtt.reply_prefixes", "[reply/<src>]", "levels of"),
     ("mqtt.reply_prefixes", "[[a/]]", "text in quotes, not a list"),
     ("mqtt.reply_prefixes", str([f"p{n}/" for n in range(17)]), "0 to 16 entries"),
     ("mqtt.reply_prefixes", "[edge-llm/other/reply/]", "outside edge-llm/"),
@@ -286,6 +318,20 @@ WRONG_VALUES = [
     ("models.settings", "{'b b': {}}", "the name of a model"),
     ("models.settings.a", "5", "a section of keys, not 5"),
     ("models.settings.a.num_ctx", "64", "128 to 1048576, not 64"),
+    ("task_types", str({f"t{n}": {} for n in range(65)}), "0 to 64 entries"),
+    ("task_types.a.template", "'31 $ C'", 'a name behind every "$"'),
+    ("task_types.a.template", "5", "text in quotes of 1 to 8192 characters, not 5"),
+    ("task_types.a.template", f"'{'x' * 8193}'", "of 1 to 8192 characters"),
+    ("task_types.a.system", "''", "of 1 to 8192 characters"),
+    ("task_types.a.options", "{num_ctx: 5}", "options.num_ctx: not a sampling option"),
+    ("task_types.a.options", "{temperature: hot}", "is not a number from 0 to 5"),
+    ("task_types.a.options", "5", "a section of keys, not 5"),
+    ("task_types.a.format", "yaml", "a section of keys"),
+    ("task_types.a.format", "{type: 5}", "a JSON schema (schema.type"),
+    ("task_types.a.max_tokens", "0", "1 to 1048576, not 0"),
+    ("task_types.a.priority", "asap", '"urgent"'),
+    ("task_types.a.locked", "[prompt]", '"template"'),
+    ("task_types.a.topic_source", "a/b", "the name of a device"),
     ("queue.per_source_rate", "0", "0.01 to 100000, not 0"),
     ("scheduler.soft_wait_s", "60", "a section of keys, not 60"),
     ("scheduler.urgent_swap_share", "1.5", "0 to 1, not 1.5"),
@@ -390,6 +436,7 @@ def test_a_file_of_many_values_costs_little_memory() -> None:
         ("mqtt: {password_file: /p}", "mqtt.password_file: needs mqtt.username too"),
         ("base_topic: reply", "mqtt.reply_prefixes: must lie outside reply/"),
         ("base_topic: reply/llm", "mqtt.reply_prefixes: must lie outside reply/llm/"),
+        ("base_topic: a/b\nmqtt: {reply_prefixes: [a/<src>/]}", "mqtt.reply_prefixes: must lie outside a/b/"),
         (
             "pool: {max_resident: 1}\nmodels: {settings: {a: {pinned: true}, b: {pinned: true}}}",
             "pool.max_resident: must be at least 2",
@@ -411,6 +458,19 @@ def test_a_file_of_many_values_costs_little_memory() -> None:
             "models.settings: a fallback must not lead back to its model: a -> b -> a",
         ),
         ("models: {defaults: {fallback: [a]}}", "models.settings: a fallback must not lead back to its model: a -> a"),
+        (
+            "models: {only_listed: true, default: a, settings: {a: {}}}\ntask_types: {t: {model: b}}",
+            "task_types.t.model: b must be in models.settings, because of only_listed",
+        ),
+        (
+            "models: {only_listed: true, default: a, settings: {a: {}}}\ntask_types: {t: {fallback: [a, b]}}",
+            "task_types.t.fallback: b must be in models.settings",
+        ),
+        (
+            "task_types: {t: {topic_source: [a, b]}, u: {topic_source: b}}",
+            "task_types.u.topic_source: b belongs to task_types.t",
+        ),
+        ("task_types: {t: {locked: [template]}}", "task_types.t.locked: template must be set"),
     ],
 )
 def test_keys_that_contradict_each_other_are_refused(text: str, said: str) -> None:
@@ -423,6 +483,7 @@ def test_keys_that_contradict_each_other_are_refused(text: str, said: str) -> No
     [
         "mqtt: {tls: {enabled: true, cert_file: /c, key_file: /k}}",
         "mqtt: {tls: {enabled: true}}",
+        "mqtt: {reply_prefixes: [reply/<src>/, a/<src>/b/]}",
         "models: {defaults: {fallback: [a]}, settings: {a: {fallback: []}}}",
         "models: {settings: {a: {fallback: [c, b]}, b: {fallback: [c]}}}",
         "pool: {max_resident: 1}\nmodels: {settings: {a: {pinned: true}}}",
@@ -489,12 +550,41 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path, data: bytes, said: st
         load(file)
 
 
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"\nmqtt: {prot: 1}", "line 2: mqtt.prot: unknown key"),
+        (b"mqtt: {port: 0}", "line 1: mqtt.port: must be"),
+        (b"mqtt:\n\tport: 1", "line 2, column 1: found"),
+        (b"- a", "config: must be a section"),
+        (b"\xff", "line 1: must be UTF-8"),
+    ],
+)
+def test_a_complaint_begins_with_the_file(tmp_path: Path, data: bytes, said: str) -> None:
+    """Whatever is wrong in the file, the line names the file before the place in it."""
+    file = tmp_path / "config.yaml"
+    file.write_bytes(data)
+    with pytest.raises(ConfigError, match=f"^{re.escape(f'{file}: {said}')}"):
+        load(file)
+
+
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     """A missing file and a folder in its place are configuration errors that name the path."""
     with pytest.raises(ConfigError, match=r"missing\.yaml: No such file"):
         load(tmp_path / "missing.yaml")
     with pytest.raises(ConfigError, match=f"{tmp_path}: Is a directory"):
         load(tmp_path)
+
+
+def test_a_file_of_others_comes_with_advice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The configuration of the service is not for everybody to read."""
+
+    def denied(*_args: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", denied)  # root is never denied anything
+    with pytest.raises(ConfigError, match="Permission denied; try sudo, or another file with --config"):
+        load(tmp_path / "config.yaml")
 
 
 def test_an_endless_file_is_given_up_on() -> None:
@@ -609,6 +699,77 @@ def test_a_password_that_everybody_can_read_is_warned_of(
         assert mqtt_password(config) == "s3cret"
     assert len(caplog.records) == warnings
     assert "s3cret" not in caplog.text + repr(config)
+
+
+# -- the tokens of the gateway
+
+TOKEN = b"0123456789abcdef"
+
+
+def with_http(tokens_file: Path | None = None, host: str = "127.0.0.1") -> Config:
+    """A configuration with the gateway on."""
+    return Config(http=Http(enabled=True, host=host, tokens_file=tokens_file))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.1", "::1", "localhost"])
+def test_a_loopback_address_needs_no_tokens(host: str) -> None:
+    """On an address of this machine alone anybody may come in."""
+    assert http_tokens(with_http(host=host)) == {}
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.7", "pi1", "localhost.example"])  # noqa: S104
+def test_any_other_address_needs_tokens(host: str, tmp_path: Path) -> None:
+    """An address that others may reach is an error without tokens, and none with them."""
+    with pytest.raises(ConfigError, match=rf"^http.tokens_file: must be set, because http.host is {host} "):
+        http_tokens(with_http(host=host))
+    assert http_tokens(Config(http=Http(host=host))) == {}  # it is off
+    file = secret_file(tmp_path / "tokens", b"a:" + TOKEN)
+    assert http_tokens(with_http(file, host)) == {TOKEN.decode(): "a"}
+
+
+def test_tokens_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A name may have several tokens, a token may contain a colon; the systemd credential goes before the file."""
+    text = b"# doors\n\ndoor7:" + TOKEN + b"\ndoor7:" + TOKEN + b":2\r\nk.i-t_1:" + b"!" * 256
+    file = secret_file(tmp_path / "file", text, 0o640)
+    assert list(http_tokens(with_http(file)).items()) == [
+        ("0123456789abcdef", "door7"),
+        ("0123456789abcdef:2", "door7"),
+        ("!" * 256, "k.i-t_1"),
+    ]
+    secret_file(tmp_path / "http_tokens", b"pi:" + TOKEN)
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    assert http_tokens(with_http(file)) == {TOKEN.decode(): "pi"}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"", "there is no token in it"),
+        (b"# nothing\n\n", "there is no token in it"),
+        (TOKEN, "line 1: must be NAME:TOKEN"),
+        (b"a:" + TOKEN + b"\nb:short", "line 2: must be NAME:TOKEN"),
+        (b"a:" + b"x" * 257, "line 1: must be NAME:TOKEN"),
+        (b"a b:" + TOKEN, "line 1: must be NAME:TOKEN"),
+        (b"a/b:" + TOKEN, "line 1: must be NAME:TOKEN"),
+        (b":" + TOKEN, "line 1: must be NAME:TOKEN"),
+        (b"a:" + TOKEN + b" x", "line 1: must be NAME:TOKEN"),
+        (b"a:" + TOKEN + b"\xff", "line 1: must be NAME:TOKEN"),
+        (b"a:" + TOKEN + b"\nb:" + TOKEN, "line 2: this token stands there for the second time"),
+    ],
+)
+def test_wrong_tokens_are_an_error(text: bytes, said: str, tmp_path: Path) -> None:
+    """A line that is no token is named by its number, and never shown."""
+    with pytest.raises(ConfigError, match=rf"^http.tokens_file: .*{said}") as error:
+        http_tokens(with_http(secret_file(tmp_path / "tokens", text)))
+    assert "0123" not in str(error.value)
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o660, 0o604, 0o650, 0o666])
+def test_tokens_that_others_can_read_are_an_error(mode: int, tmp_path: Path) -> None:
+    """Who can read the tokens can speak for all, and who can write them can come in: 0640 or stricter."""
+    file = secret_file(tmp_path / "tokens", b"a:" + TOKEN, mode)
+    with pytest.raises(ConfigError, match=r"^http.tokens_file: .*chmod 640 or stricter"):
+        http_tokens(with_http(file))
 
 
 # -- whatever comes

@@ -3,7 +3,7 @@
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,33 +13,40 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edge_daemon import intake
+from edge_daemon import intake, sampling
 from edge_daemon.clock import iso
 from edge_daemon.config import Config, Models, ModelSettings, Queue
-from edge_daemon.errors import Rejected, StorageFull
-from edge_daemon.intake import Intake, Rules, read_json
-from edge_daemon.messages import Accepted, Added, Incoming, Message, Priority, Refused, Task, TaskState
+from edge_daemon.errors import Rejected, StoreError
+from edge_daemon.intake import Intake, IntakeRules, read_json
+from edge_daemon.messages import (
+    Accepted,
+    Added,
+    Incoming,
+    Message,
+    Priority,
+    Refused,
+    Result,
+    Submission,
+    Task,
+    TaskState,
+)
 from edge_daemon.mqtt_bridge import Topics
 from edge_daemon.store import Limits, Store
+from tests import bad_input
+from tests.daemon import N
 from tests.fakes import FakeClock
 
-ROOT = "edge-llm/pi1"
 NAMES = {"default:latest", "small:latest"}
-CODES = {
-    *("invalid_json", "invalid_utf8", "invalid_field", "too_large", "unknown_model", "queue_full", "rate_limited"),
-    *("expired_on_arrival", "duplicate_conflict", "forbidden_reply_topic", "retained", "draining", "storage_full"),
-    "model_too_large",
-}
 
 
-def check_model(name: str) -> tuple[str, ModelSettings]:
+def check_model(name: str, fallback: Sequence[str] | None = None) -> tuple[str, ModelSettings]:
     """Two small models and one that does not fit."""
     full = name.lower() if ":" in name else f"{name.lower()}:latest"
     if full == "huge:latest":
         raise Rejected("model_too_large", f"model: {full} needs more than there is")
     if full not in NAMES:
         raise Rejected("unknown_model", f"model: Ollama has no model {ascii(full)[:60]}")
-    return full, ModelSettings(num_ctx=16_384, max_tokens=200)
+    return full, ModelSettings(num_ctx=bad_input.NUM_CTX, max_tokens=200)
 
 
 @dataclass
@@ -66,6 +73,14 @@ class Door:
         assert stored is not None
         return stored.task
 
+    def finish(self, accepted: Accepted | Refused) -> None:
+        """End a task with a result."""
+        assert isinstance(accepted, Accepted)
+        assert self.store.claim(accepted.seq)
+        address = accepted.address
+        result = Result(id=address.id, src=address.src, seq=4, state=TaskState.SUCCEEDED, text="done", ts="")
+        assert self.store.finish(accepted.seq, result)
+
     def refusal(self, payload: bytes | str | dict[str, Any], **beside: Any) -> tuple[str, str]:
         """Code and message of a refusal; it is checked for what every refusal must be."""
         answer = self.one(payload, **beside)
@@ -74,10 +89,20 @@ class Door:
         assert (result.state, result.id, result.src) == (TaskState.REJECTED, answer.address.id, answer.address.src)
         assert result.ts == iso(self.clock.wall())
         assert result.error is not None
-        assert result.error.code in CODES
+        assert result.error.code in bad_input.CODES
         assert len(result.error.message) < 300
         assert result.error.message.isprintable()
         return result.error.code, result.error.message
+
+
+def codes(answers: Sequence[Accepted | Refused]) -> list[str | None]:
+    """Of each answer, why it is a refusal, if it is one."""
+    return [one.result.error.code if isinstance(one, Refused) and one.result.error else None for one in answers]
+
+
+def nothing_known(batch: Sequence[Submission]) -> list[Added]:
+    """As of a store that is empty."""
+    return [Added(outcome="unknown") for _ in batch]
 
 
 @pytest.fixture
@@ -89,14 +114,14 @@ def new_door(tmp_path: Path) -> Callable[..., Door]:
 
     def new(**queue: Any) -> Door:
         config = Config(models=Models(default="default"), queue=Queue(**queue))
-        rules = Rules(
+        rules = IntakeRules(
             config=config,
             clock=clock,
             check_model=check_model,
-            check_reply_to=lambda src, topic: Topics(ROOT).check_reply_to(src, topic, ["reply/"]),
+            check_reply_to=lambda src, topic: Topics(N).check_reply_to(src, topic, ["reply/"]),
             eta_s=lambda tasks: [1.5 for _ in tasks],
         )
-        return Door(Intake(rules, store.add_many), store, clock)
+        return Door(Intake(rules, store.add_many, store.recognise), store, clock)
 
     return new
 
@@ -200,26 +225,6 @@ def test_how_much_is_asked_for_is_content(door: Door) -> None:
     assert door.refusal({"id": "a", "prompt": "p", "options": {"num_predict": 50}})[0] == "duplicate_conflict"
 
 
-@pytest.mark.parametrize("odd", ["nul \u0000", "\x1b[31mred", "<|im_start|>system", "line\r\nline", "😀", "\u202e"])
-def test_odd_characters_are_data(door: Door, odd: str) -> None:
-    """Control characters, escapes and template tokens in a prompt are forwarded as they are."""
-    assert door.task({"prompt": odd}).prompt == odd
-    assert door.task(f"x{odd}").prompt == f"x{odd}"
-
-
-@pytest.mark.parametrize(
-    "key", ["__proto__", "__class__", "$ref", "images", "raw", "template", "context", "keep_alive"]
-)
-def test_unknown_fields_are_told_and_dropped(door: Door, key: str) -> None:
-    """A field that is not known has no effect, and the sender is warned of it by name."""
-    answer = door.one({"prompt": "p", key: 0})
-    assert isinstance(answer, Accepted)
-    assert answer.status.warnings == (f"unknown field '{key}'",)
-    stored = door.store.find("dev", answer.address.id)
-    assert stored is not None
-    assert key not in stored.task.to_json()
-
-
 def test_warnings_are_few_and_printable(door: Door) -> None:
     """However many unknown fields there are, and whatever they are called, warnings stay short."""
     answer = door.one({"prompt": "p"} | {f"\n\x1b{n}" + "x" * 500: n for n in range(50)})
@@ -263,6 +268,23 @@ def test_plain_text_or_json(door: Door, payload: str, content_type: str | None, 
 
 
 @pytest.mark.parametrize(
+    ("payload", "is_told"),
+    [
+        ({"promt": "Say hi", "priority": "high"}, True),
+        ({"text": "Say hi", "ttl_s": 60}, True),
+        ({"temperature": 31, "id": 7}, False),
+        ({}, False),
+    ],
+)
+def test_an_object_that_looks_like_a_task_is_told(door: Door, payload: dict[str, Any], *, is_told: bool) -> None:
+    """An object without a prompt that has fields of a task runs as it stands, and its sender is told."""
+    answer = door.one(payload)
+    assert isinstance(answer, Accepted)
+    warning = "no prompt or messages: the object is the prompt as it stands"
+    assert answer.status.warnings == ((warning,) if is_told else ())
+
+
+@pytest.mark.parametrize(
     ("payload", "code"),
     [
         ("[1]", "invalid_field"),
@@ -277,79 +299,9 @@ def test_who_says_json_must_send_a_json_task(door: Door, payload: str, code: str
     assert door.refusal(payload, content_type="application/json")[0] == code
 
 
-@pytest.mark.parametrize("payload", ["", " ", "\n", "\t\n "])
-def test_an_empty_text_is_no_task(door: Door, payload: str) -> None:
-    """Ollama takes an empty prompt as a command to load or unload: it is never forwarded."""
-    assert door.refusal(payload) == ("invalid_field", "prompt: empty")
-
-
 # -- the JSON layer
 
 DEEP_15 = "[" * 15 + "]" * 15
-
-
-@pytest.mark.parametrize(
-    ("payload", "says"),
-    [
-        ('{"prompt": "p", "meta": NaN}', "NaN is not JSON"),
-        ('{"prompt": "p", "meta": [Infinity]}', "Infinity is not JSON"),
-        ('{"prompt": "p", "meta": -Infinity}', "-Infinity is not JSON"),
-        ('{"prompt": "p", "meta": 1e400}', "too large"),
-        ('{"prompt": "p", "meta": -1e400}', "too large"),
-        ('{"prompt": "p", "meta": ' + "9" * 4301 + "}", "2^53"),
-        ('{"prompt": "p", "meta": ' + "9" * 4300 + "}", "2^53"),
-        (f'{{"prompt": "p", "meta": {2**63}}}', "2^53"),
-        (f'{{"prompt": "p", "meta": {-(2**53) - 1}}}', "2^53"),
-        ('{"prompt": ' + "[" * 100_000, "nested deeper"),
-        ('{"prompt": "p", "meta": ' + "[" * 990 + "]" * 990 + "}", "nested deeper"),
-        ('{"prompt": "p", "meta": ' + "[" + DEEP_15 + "]}", "nested deeper"),
-        ('{"a":' * 20_000 + "1" + "}" * 20_000, "nested deeper"),
-        ('{"prompt": "p", "prompt": "q"}', "duplicate key 'prompt'"),
-        ('{"prompt": "p", "meta": {"a": 1, "a": 1}}', "duplicate key 'a'"),
-        (r'{"prompt": "\ud800"}', "lone surrogate"),
-        (r'{"prompt": "p", "meta": {"\udfff": 1}}', "lone surrogate"),
-        (r'{"prompt": "p", "id": "\ud800"}', "lone surrogate"),
-        ('{"prompt": "p"} trailing', "Extra data"),
-        ('{"prompt": "p"}{"prompt": "q"}', "Extra data"),
-        ("{'prompt': 'p'}", "double quotes"),
-        ('{"prompt": "p", /* why */ "id": "a"}', "double quotes"),
-        ('{"prompt": "p",}', "double quotes"),
-        ('{"prompt": "p"', "delimiter"),
-        ('{"prompt": "line\nbreak"}', "control character"),
-        ("{", "double quotes"),
-        ("{ 31 C is hot?", "double quotes"),
-        (json.dumps({"prompt": "p"} | {f"k{n}": n for n in range(5_001)}), "members"),
-        (json.dumps({"prompt": "p", "meta": list(range(10_000))}), "members"),
-    ],
-    ids=lambda value: value[:40] if isinstance(value, str) else None,
-)
-def test_bad_json_is_refused(door: Door, payload: str, says: str) -> None:
-    """What begins like a JSON object and is not strict, sane JSON is `invalid_json`, and the message says why."""
-    code, message = door.refusal(payload)
-    assert code == "invalid_json"
-    assert says.lower() in message.lower()
-
-
-@pytest.mark.parametrize(
-    "payload",
-    [
-        b"\xff\xfe",
-        b'{"prompt": "\xff"}',
-        b"\xc0\xae",
-        b"caf\xe9",
-        '{"prompt": "p"}'.encode("utf-16"),
-        '{"prompt": "p"}'.encode("utf-32"),
-        b"\xef\xbb\xbf" + b'{"prompt": "p"}',
-        b"\xef\xbb\xbfhello",
-        b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\xff",
-        b"\xa1fpromptap\xff",
-        b"\xed\xa0\x80",
-    ],
-    ids=lambda value: ascii(value[:12]),
-)
-def test_what_is_not_utf8_is_refused(door: Door, payload: bytes) -> None:
-    """Other encodings, byte order marks, overlong forms and binary formats are `invalid_utf8`."""
-    assert door.refusal(payload)[0] == "invalid_utf8"
 
 
 def test_the_limits_themselves_are_fine(door: Door) -> None:
@@ -369,105 +321,38 @@ def test_a_large_payload_is_refused_unread(new_door: Callable[..., Door]) -> Non
         assert "1000" in message
 
 
-# -- the field layer
+# -- bad input
 
 
-def fields(**values: Any) -> dict[str, Any]:
-    """A task with these fields."""
-    return {"prompt": "p"} | values
+@pytest.mark.parametrize("case", bad_input.CASES, ids=[case.name for case in bad_input.CASES])
+def test_bad_input(door: Door, case: bad_input.Case) -> None:
+    """Each bad input has its stable code and a message that says what is wrong; what only looks bad is stored."""
+    if case.code is not None:
+        code, message = door.refusal(case.payload, **case.beside)
+        assert (code, case.says.lower() in message.lower()) == (case.code, True), message
+        assert door.store.open_count() == 0
+        return
+    answer = door.one(case.payload, **case.beside)
+    assert isinstance(answer, Accepted), answer
+    assert case.says in "".join(answer.status.warnings[:1])
+    assert door.store.open_count() == 1
 
 
-Case = tuple[dict[str, Any], str, str]
+def test_unknown_fields_are_dropped(door: Door) -> None:
+    """Nothing of a field that is not known is stored."""
+    assert all(key not in door.task({"prompt": "p", key: 0}).to_json() for key in bad_input.DROPPED)
 
 
-def bad(name: str, *values: Any, code: str = "invalid_field") -> list[Case]:
-    """A case for each bad value of the field `name`."""
-    return [(fields(**{name: value}), code, name) for value in values]
-
-
-def bad_option(name: str, *values: Any) -> list[Case]:
-    """A case for each bad value of the option `name`."""
-    return [(fields(options={name: value}), "invalid_field", f"options.{name}") for value in values]
-
-
-def bad_message(*entries: Any) -> list[Case]:
-    """A case for each bad entry of a conversation."""
-    good = {"role": "user", "content": "m"}
-    return [({"messages": [good, entry]}, "invalid_field", "messages[1]") for entry in entries]
-
-
-RUNNER_OPTIONS = ("num_ctx", "num_gpu", "num_thread", "use_mmap", "keep_alive", "low_vram", "num_batch")
-YES: Any = True
-NO_MESSAGES: list[Any] = [[], "hi", {}, 5, True, [{}] * 257]
-BAD_FIELDS: list[Case] = [
-    *bad("id", "", "a b", "../../etc", "a/b", "#", "+", "a\n", "\0", "x" * 65, "\u202e", "😀", 5, YES, ["a"], {}, 1.5),
-    *bad("priority", YES, 1, -1, 1e9, "", "URGENT", "asap", []),
-    *bad("ttl_s", -1, YES, "5", 604_801, 1e12, [5], -0.5),
-    *((fields(ttl_s=zero), "expired_on_arrival", "time to live") for zero in (0, 0.0, -0.0)),
-    *bad("model", "../x", "evil.com/x/y", "http://x/y", "nope", code="unknown_model"),
-    *bad("model", "", "x" * 4_096, "a\nb", 5, YES, ["small"]),
-    *bad("model", "huge", code="model_too_large"),
-    (fields(model="small", model_name="default"), "invalid_field", "model_name"),
-    *bad("options", [], "temperature=1", 5, YES),
-    *(case for name in RUNNER_OPTIONS for case in bad_option(name, 1)),
-    *bad_option("num_predict", 0, -3, 1e9, 5.0, YES, None),
-    *bad_option("temperature", 1e308, "hot", -1, YES),
-    *bad_option("seed", 1.0, -1, 2**31, "7"),
-    *bad_option("top_p", 1.1, -0.1, None),
-    *bad_option("stop", "", "x" * 65, ["a"] * 17, ["a"] * 9_000, [5], 5, [""], {}),
-    *bad("prompt", "", " \n", 5, YES, ["p"], None),
-    (fields(messages=[{"role": "user", "content": "m"}]), "invalid_field", "prompt"),
-    *(({"messages": value}, "invalid_field", "messages") for value in NO_MESSAGES),
-    *bad_message("m", None, {"role": "user"}, {"role": "tool", "content": "m"}, {"role": ["user"], "content": "m"}),
-    *bad_message({"role": "user", "content": ""}, {"role": "user", "content": 5}),
-    *bad_message({"role": "user", "content": "m", "images": ["x"]}),
-    *bad("system", 5, YES, ["s"]),
-    *bad("task_type", "", "a b", "x" * 65, "=cmd", 5),
-    *bad("stream", 1, 0, "true", []),
-    *bad("preemptible", 1, "no"),
-    *bad("format", "xml", "", 5, YES, [], {"type": "strnig"}, {"enum": ["x" * 17_000]}),
-    (fields(format={"properties": {"a": {"enum": 5}}}), "invalid_field", "properties.a.enum"),
-    *bad("meta", "x" * 5_000),
-    *bad(
-        "reply_to",
-        5,
-        YES,
-        ["reply/x"],
-        {},
-        "",
-        "reply/+",
-        "reply/#",
-        "reply/\0",
-        "reply/\x1f",
-        "$SYS/x",
-        "reply/",
-        "home/lock/set",
-        "reply//x",
-        "/".join(["reply"] * 200),
-        "reply/" + "x" * 70_000,
-        f"{ROOT}/task",
-        f"{ROOT}/reply/other/x/result",
-        "$share/g/reply/x",
-        "$CONTROL/dynamic-security/v1",
-        "reply/\ufeffx",
-        code="forbidden_reply_topic",
-    ),
-    ({"prompt": "x" * 70_000}, "invalid_field", "prompt"),
-    ({"prompt": "p", "system": "x" * 70_000}, "invalid_field", "prompt"),
-]
-
-
-@pytest.mark.parametrize(("payload", "code", "names"), BAD_FIELDS, ids=[json.dumps(it[0])[:60] for it in BAD_FIELDS])
-def test_bad_fields_are_refused(door: Door, payload: dict[str, Any], code: str, names: str) -> None:
-    """Each bad field has its stable code, and the message names the field."""
-    got, message = door.refusal(payload)
-    assert (got, names in message) == (code, True), message
-    assert door.store.open_count() == 0
+def test_odd_characters_are_data(door: Door) -> None:
+    """Control characters, escapes and template tokens in a prompt are forwarded as they are."""
+    odd = "nul \u0000 \x1b[31mred <|im_start|>system\r\n 😀 \u202e"
+    assert door.task({"prompt": odd}).prompt == odd
+    assert door.task(f"x{odd}").prompt == f"x{odd}"
 
 
 def test_an_option_with_a_bad_name_is_escaped(door: Door) -> None:
     """The name of an option that is not known comes back in one printable line."""
-    code, message = door.refusal(fields(options={"x\n\x1b[31m" + "y" * 500: 1}))
+    code, message = door.refusal({"prompt": "p", "options": {"x\n\x1b[31m" + "y" * 500: 1}})
     assert code == "invalid_field"
     assert message.startswith("options.x\\n\\x1b")
 
@@ -475,7 +360,7 @@ def test_an_option_with_a_bad_name_is_escaped(door: Door) -> None:
 def test_stop_texts_at_their_limits(door: Door) -> None:
     """Sixteen texts of 64 characters are fine."""
     texts = [f"{n:064}" for n in range(16)]
-    assert door.task(fields(options={"stop": texts})).options == {"stop": texts}
+    assert door.task({"prompt": "p", "options": {"stop": texts}}).options == {"stop": texts}
 
 
 # -- ids, and who wins
@@ -483,13 +368,13 @@ def test_stop_texts_at_their_limits(door: Door) -> None:
 
 def test_an_id_is_made_when_there_is_none(door: Door) -> None:
     """A task without an id gets one of its own that fits a topic, and is known as not its sender's."""
-    first, second = (door.one("the same") for _ in range(2))
+    first, second = (door.one("the same", packet_id=number) for number in (1, 2))
     assert isinstance(first, Accepted)
     assert isinstance(second, Accepted)
     assert first.address.id != second.address.id
     assert re.fullmatch(r"[0-9a-f]{16}", first.address.id)
     assert not first.own_id
-    again = door.one("the same", redelivered=True)
+    again = door.one("the same", redelivered=True, packet_id=1)
     assert isinstance(again, Accepted)
     assert again.status.duplicate
     assert again.address.id == first.address.id
@@ -508,6 +393,22 @@ def test_an_id_is_made_when_there_is_none(door: Door) -> None:
 def test_the_outer_id_wins(door: Door, beside: dict[str, Any], payload_id: Any, wanted: str) -> None:
     """Topic before user property before payload."""
     assert door.task({"prompt": "p", "id": payload_id}, **beside).id == wanted
+
+
+@pytest.mark.parametrize(
+    ("payload_id", "warnings"),
+    [
+        ("payload", ("id 'payload' in the payload is not used: the task has one beside it",)),
+        (5, ("id 5 in the payload is not used: the task has one beside it",)),
+        ("topic", ()),
+        (None, ()),
+    ],
+)
+def test_an_inner_id_that_is_not_used_is_told(door: Door, payload_id: Any, warnings: tuple[str, ...]) -> None:
+    """The id of the topic holds, and who gave another in the payload is told."""
+    answer = door.one({"prompt": "p", "id": payload_id, "odd": 1}, id="topic")
+    assert isinstance(answer, Accepted)
+    assert answer.status.warnings == ("unknown field 'odd'", *warnings)
 
 
 def test_outside_fields_win(door: Door) -> None:
@@ -538,11 +439,26 @@ def test_outside_fields_win(door: Door) -> None:
         "ttl_s": -1,
         "reply_to": "home/lock/set",
     }
-    task = door.task(fields(**inner), fields=beside, reply_to="reply/outer")
+    task = door.task({"prompt": "p"} | inner, fields=beside, reply_to="reply/outer")
     assert (task.prompt, task.task_type, task.model, task.priority) == ("p", "outer", "small:latest", Priority.URGENT)
     assert (task.system, task.stream, task.preemptible, task.options) == ("outer", True, False, {"seed": 5})
     assert (task.meta, task.format, task.ttl_s, task.reply_to) == (["outer"], {"type": "array"}, 50.0, "reply/outer")
-    assert door.task(fields(ttl_s=5), ttl_s=7.0, fields={"ttl_s": "6"}).ttl_s == 7.0
+    assert door.task({"prompt": "p", "ttl_s": 5}, ttl_s=7.0, fields={"ttl_s": "6"}).ttl_s == 7.0
+
+
+def test_unknown_properties_are_told(door: Door) -> None:
+    """A user property that is not read is named, as an unknown field is; so is one that only a payload may have."""
+    beside = {"prompt": "other", "traceparent": "00-1", "id": "a", "priority": "high"}
+    answer = door.one({"prompt": "p", "promt": "q"}, fields=beside)
+    assert isinstance(answer, Accepted)
+    assert answer.status.warnings == (
+        "unknown field 'promt'",
+        "unknown property 'prompt'",
+        "unknown property 'traceparent'",
+    )
+    many = door.one("p", fields={f"x{number}": "" for number in range(20)})
+    assert isinstance(many, Accepted)
+    assert len(many.status.warnings) == 8
 
 
 def test_plain_text_takes_outside_fields(door: Door) -> None:
@@ -550,33 +466,6 @@ def test_plain_text_takes_outside_fields(door: Door) -> None:
     task = door.task("why?", fields={"priority": "high", "format": "json"}, reply_to="reply/x", ttl_s=9.0)
     assert (task.prompt, task.plain, task.priority, task.format) == ("why?", True, Priority.HIGH, "json")
     assert (task.reply_to, task.ttl_s) == ("reply/x", 9.0)
-
-
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        *(("ttl_s", text) for text in ("soon", "nan", "inf", "-1", "1_0", "", "true", "[5]")),
-        *(("stream", text) for text in ("1", "True", "yes", "")),
-        *(("options", text) for text in ("seed=5", "[]", '{"num_ctx": 5}', "{", '{"seed": NaN}')),
-        *(("format", text) for text in ("xml", "{", "[]", '"xml"')),
-        ("meta", "{"),
-        ("priority", "5"),
-        ("system", "\ud800"),
-        ("model", "\ud800"),
-        ("task_type", "a b"),
-    ],
-)
-def test_bad_outside_fields_are_refused(door: Door, name: str, text: str) -> None:
-    """Text beside the payload is read as strictly as the payload, and the field is named."""
-    code, message = door.refusal({"id": "mine", "prompt": "p"}, fields={name: text})
-    assert code == "invalid_field"
-    assert name in message
-
-
-def test_expiry_of_zero_is_expired_on_arrival(door: Door) -> None:
-    """A message whose expiry the broker has counted down to nothing is refused as such."""
-    assert door.refusal("hello", ttl_s=0.0)[0] == "expired_on_arrival"
-    assert door.refusal("hello", fields={"ttl_s": "0"})[0] == "expired_on_arrival"
 
 
 # -- refusals find their sender
@@ -634,6 +523,32 @@ def test_plain_senders_are_refused_in_plain(door: Door) -> None:
         assert answer.address.plain is plain
 
 
+@pytest.mark.parametrize(
+    ("payload", "beside", "plain"),
+    [
+        (b"x" * 300_000, {}, True),
+        (b"{" + b"x" * 300_000, {}, False),
+        (b"{" + b"x" * 300_000, {"content_type": "text/plain"}, True),
+        (b"[" + b"x" * 300_000, {"content_type": "application/json"}, False),
+        (b"caf\xe9", {}, True),
+        (b'\n {"prompt": "caf\xe9"}', {}, False),
+        (b'\xef\xbb\xbf{"prompt": "p"}', {}, False),
+        ('{"prompt": "p"}'.encode("utf-16"), {}, False),
+        ('\u3000{"prompt": ""}'.encode(), {}, False),
+        (b"hello", {"src": "a device"}, True),
+        (b'{"prompt": "p"}', {"src": "a device"}, False),
+        (b"hello", {"id": "an id"}, True),
+        (b"hello", {"reply_to": "elsewhere"}, True),
+        (b"hello", {"correlation": b"x" * 5_000}, True),
+    ],
+)
+def test_an_early_refusal_is_plain_too(door: Door, payload: bytes, beside: dict[str, Any], *, plain: bool) -> None:
+    """What is refused before it is read is answered in plain text when it cannot have been JSON."""
+    answer = door.one(payload, **beside)
+    assert isinstance(answer, Refused)
+    assert answer.address.plain is plain
+
+
 def test_a_transport_can_refuse(door: Door) -> None:
     """What only the transport knows is refused the same way, to the same places, and nothing is stored."""
     incoming = Incoming(payload=b'{"id": "mine", "reply_to": "reply/me", "prompt": "p"}', src="dev", correlation=b"c")
@@ -651,6 +566,32 @@ def test_a_transport_can_refuse(door: Door) -> None:
 
 
 # -- what the store says
+
+
+def test_a_known_task_is_known_although_its_model_is_gone(door: Door) -> None:
+    """What was accepted is answered from the store, not refused for what is no longer there."""
+    sent: tuple[Incoming, ...] = (
+        Incoming(payload=b'{"prompt": "hi", "model": "small"}', src="dev", id="a"),
+        Incoming(payload=b"hi", src="dev", redelivered=True, packet_id=7),
+    )
+    before = door.intake.submit(sent)
+
+    def gone(name: str, _fallback: object) -> tuple[str, ModelSettings]:
+        raise Rejected("unknown_model", f"model: {name} is gone")
+
+    later = Intake(replace(door.intake._rules, check_model=gone), door.store.add_many, door.store.recognise)
+    again = later.submit(sent)
+    assert all(isinstance(answer, Accepted) for answer in before + again), again
+    assert [answer.address for answer in again] == [answer.address for answer in before]
+    others = later.submit([replace(one, payload=b"other", id=one.id and "b") for one in sent])
+    assert [one.result.error.code for one in others if isinstance(one, Refused) and one.result.error] == [
+        "unknown_model",
+        "unknown_model",
+    ]
+    (changed,) = later.submit([replace(sent[0], payload=b"other")])
+    assert isinstance(changed, Refused)
+    assert changed.result.error is not None
+    assert changed.result.error.code == "duplicate_conflict"
 
 
 def test_a_known_task_is_not_new(door: Door) -> None:
@@ -676,15 +617,36 @@ def test_the_same_id_for_something_else_is_a_conflict(door: Door) -> None:
 
 
 @pytest.mark.parametrize(
-    ("outcome", "code"), [("full", "queue_full"), ("full_for_src", "queue_full"), ("no_room", "storage_full")]
+    ("outcome", "code", "limit"),
+    [
+        ("full", "queue_full", "queue.max_tasks: 10000, of which 100 "),
+        ("full_of_bytes", "queue_full", "queue.max_bytes: 268435456, "),
+        ("full_for_src", "queue_full", "queue.per_source_tasks: 7; "),
+        ("no_room", "storage_full", "queue.retention_bytes: 268435456, "),
+    ],
 )
-def test_a_full_queue_is_told_as_retryable(door: Door, outcome: str, code: str) -> None:
-    """Where the queue has no room, the sender is told to come again."""
-    full = Intake(door.intake._rules, lambda batch: [Added(outcome=outcome) for _ in batch])
+def test_a_full_queue_is_told_as_retryable(new_door: Callable[..., Door], outcome: str, code: str, limit: str) -> None:
+    """Where the queue has no room, the sender is told which limit stands in the way, and to come again."""
+    rules = new_door(per_source_tasks=7).intake._rules
+    full = Intake(rules, lambda batch: [Added(outcome=outcome) for _ in batch], nothing_known)
     (answer,) = full.submit([Incoming(payload=b"hello")])
     assert isinstance(answer, Refused)
     assert answer.result.error is not None
     assert (answer.result.error.code, answer.result.error.retryable) == (code, True)
+    assert answer.result.error.message.startswith(limit)
+
+
+def test_every_message_of_a_group_is_a_sign_of_life(door: Door) -> None:
+    """However long each takes, a group does not look like a thread that hangs: there is a beat before each."""
+    seen: list[str] = []
+
+    def check(name: str, fallback: Sequence[str] | None) -> tuple[str, ModelSettings]:
+        seen.append("asked")
+        return check_model(name, fallback)
+
+    intake = Intake(replace(door.intake._rules, check_model=check), door.store.add_many, door.store.recognise)
+    intake.submit([Incoming(payload=b"one"), Incoming(payload=b"two")], lambda: seen.append("beat"))
+    assert seen == ["beat", "asked", "beat", "asked"]
 
 
 def test_a_batch_is_answered_in_order(door: Door) -> None:
@@ -703,17 +665,71 @@ def test_a_batch_is_answered_in_order(door: Door) -> None:
 def test_a_failing_store_is_the_only_exception(door: Door) -> None:
     """When the store cannot write, the caller is told, since then nothing of the group was stored."""
 
-    def full(_batch: object) -> list[Added]:
-        raise StorageFull("no room")
+    def broken(_batch: object) -> list[Added]:
+        raise StoreError("damaged")
 
-    failing = Intake(door.intake._rules, full)
-    with pytest.raises(StorageFull):
+    failing = Intake(door.intake._rules, broken, nothing_known)
+    with pytest.raises(StoreError):
         failing.submit([Incoming(payload=b"hello")])
     (refused,) = failing.submit([Incoming(payload=b"")])  # nothing to store: nothing can fail
     assert isinstance(refused, Refused)
 
 
+def test_a_full_disk_refuses_only_what_is_new(door: Door) -> None:
+    """Without room for one task, the others of its group that are known have their answers all the same."""
+    waits = Incoming(payload=b"hi", src="dev", id="waits")
+    ended = Incoming(payload=b"ho", src="dev", id="ended")
+    first = door.intake.submit([waits, ended])
+    door.finish(first[1])
+    (pages,) = door.store._db.execute("PRAGMA page_count").fetchone()
+    door.store._db.execute(f"PRAGMA max_page_count = {pages}")
+    large = Incoming(payload=b"x" * 50_000, src="dev", id="large")
+    conflict = replace(waits, payload=b"other")
+    answers = door.intake.submit([waits, large, ended, conflict])
+    assert codes(answers) == [None, "storage_full", None, "duplicate_conflict"]
+    assert isinstance(answers[0], Accepted)
+    assert isinstance(answers[2], Accepted)
+    assert (answers[0].status.duplicate, answers[0].result) == (True, None)
+    assert answers[2].result is not None
+    assert not answers[2].in_outbox
+    door.store._db.execute("PRAGMA max_page_count = 1000000")
+    assert codes(door.intake.submit([waits, large, ended])) == [None, None, None]
+
+
 # -- draining and rates
+
+
+@pytest.mark.parametrize("limit", ["rate_limited", "draining", "queue_full"])
+def test_a_known_task_is_answered_whatever_the_limits(new_door: Callable[..., Door], limit: str) -> None:
+    """What the broker sends again, or its sender, is not refused under an id that waits for its answer."""
+    door = new_door(per_source_rate=3)
+    sent = [Incoming(payload=b"hello", src="dev", id=str(number)) for number in range(3)]
+    before = door.intake.submit(sent)
+    if limit == "draining":
+        door.intake.drain()
+    if limit == "queue_full":
+        door.clock.advance(120)
+        door.store._limits = Limits(max_tasks=1, urgent_reserve=0)
+    new = Incoming(payload=b"hello", src="dev", id="new")
+    changed = replace(sent[0], payload=b"other")
+    answers = door.intake.submit([replace(sent[0], redelivered=True), sent[1], new])
+    assert codes(answers) == [None, None, "rate_limited" if limit == "draining" else limit]
+    assert [answer.address for answer in answers[:2]] == [answer.address for answer in before[:2]]
+    assert codes(door.intake.submit([changed])) == ["duplicate_conflict"]
+
+
+@pytest.mark.parametrize("old", [{"prompt": "x" * 900}, {"messages": [{"role": "user", "content": "x" * 900}]}])
+def test_a_known_task_may_be_too_long_by_now(door: Door, old: dict[str, Any]) -> None:
+    """A task that fitted the context when it was accepted has its answer, though the context is smaller now."""
+    sent = Incoming(payload=json.dumps(old).encode(), src="dev", id="a")
+    door.intake.submit([sent])
+
+    def smaller(name: str, _fallback: object) -> tuple[str, ModelSettings]:
+        return name, ModelSettings(num_ctx=200)
+
+    rules = replace(door.intake._rules, check_model=smaller)
+    later = Intake(rules, door.store.add_many, door.store.recognise)
+    assert codes(later.submit([sent, replace(sent, id="b")])) == [None, "invalid_field"]
 
 
 def test_draining_refuses_everything_readably(door: Door) -> None:
@@ -741,6 +757,11 @@ def test_a_sender_has_a_rate(new_door: Callable[..., Door]) -> None:
     assert door.refusal("five")[0] == "rate_limited"
     door.clock.advance(1_000)
     assert sum(isinstance(door.one(f"late {n}"), Accepted) for n in range(9)) == 3
+    for step_s in (1e8, -2e8):  # setting the wall clock gives nobody more or less
+        door.clock.step_wall(step_s)
+        assert door.refusal("stepped")[0] == "rate_limited"
+    door.clock.advance(20)
+    assert isinstance(door.one("in time"), Accepted)
 
 
 def test_senders_are_remembered_within_bounds(new_door: Callable[..., Door], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -769,7 +790,7 @@ JUNK = st.recursive(
 )
 TASKISH = st.dictionaries(
     st.sampled_from(sorted(intake.FIELDS)) | st.text(max_size=5),
-    JUNK | st.dictionaries(st.sampled_from([*intake.OPTIONS, "stop", "type", "role", "content"]), JUNK, max_size=3),
+    JUNK | st.dictionaries(st.sampled_from([*sampling.OPTIONS, "stop", "type", "role", "content"]), JUNK, max_size=3),
     max_size=6,
 )
 BESIDE = st.fixed_dictionaries(
@@ -795,7 +816,7 @@ def answer_of(door: Door, payload: bytes, beside: dict[str, Any]) -> None:
     assert intake.NAME.fullmatch(answer.address.src)
     if isinstance(answer, Refused):
         assert answer.result.error is not None
-        assert answer.result.error.code in CODES
+        assert answer.result.error.code in bad_input.CODES
         answer.result.to_json().encode()
     else:
         answer.status.to_json().encode()
@@ -858,6 +879,7 @@ def fastest_s(job: Callable[[], object]) -> float:
 
 
 @pytest.mark.parametrize("text", NASTY.values(), ids=NASTY.keys())
+@pytest.mark.usefixtures("no_collection")
 def test_nasty_json_takes_no_longer_than_plain(text: str) -> None:
     """No 64 kB of JSON keep us busy for more than a fixed multiple of what ordinary 64 kB take to parse."""
 
@@ -873,4 +895,4 @@ def test_the_table_of_codes_is_whole() -> None:
     """Every code that the door can give is one of the stable ones."""
     source = Path(intake.__file__).read_text(encoding="utf-8")
     used = set(re.findall(r'Rejected\(\s*"(\w+)"', source)) | {code for code, _ in intake._OUTCOMES.values()}
-    assert used <= CODES
+    assert used <= bad_input.CODES
