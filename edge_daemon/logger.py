@@ -9,7 +9,7 @@ import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from math import isfinite
@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, Literal, TypedDict, Unpack
 
 from edge_daemon.clock import Clock, iso
 from edge_daemon.messages import Event, Record, Result, Task, compact
+from edge_daemon.steps import reached
 
 HEADER = (
     b"timestamp,task_type,model_name,prompt,task_latency_ns,model_switching_time_ns,result,status,model_load_state,"
@@ -40,15 +41,20 @@ CUT_TEXT = 200
 _FORMULA = re.compile("'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
 _NEEDS_QUOTES = re.compile('[",\r\n]')
 _BLOCK = 1 << 20  # bytes read at once: a file may be larger than what is left of the memory
+_NOT_FOR_US = (FileNotFoundError, IsADirectoryError, PermissionError)
+"""Reasons why a file cannot be opened that last; after any other, what is in it is not known yet."""
 _FILE_MODE = 0o640  # prompts are nobody else's business
 
 Row = dict[str, Any]
 """Column name -> None, bool, int, float, str or a sequence of str: plain data that ``json.dumps`` takes too."""
 
+TaskKey = tuple[str, str, str]
+"""``src``, ``task_id`` and ``timestamp`` of a ``task`` row: once a task was deleted, its id may be used for another."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timings(Record):
-    """What Ollama says of one answer, summed over the parts of a preempted one. The fields are columns of the log."""
+    """What Ollama says of one answer, of its last part if it was interrupted. The fields are columns of the log."""
 
     total_duration_ns: int = 0
     load_duration_ns: int = 0
@@ -121,6 +127,7 @@ class CsvLog:
             if file.size > len(HEADER) and file.size + len(data) > self._rotate_bytes:
                 file = self._rotate(file)
             self._write(file, data)
+            reached("row_written")
             self._seq += len(lines)
             return self._seq
 
@@ -140,6 +147,7 @@ class CsvLog:
             file = self._current()
             size, seq = file.size, self._seq
             fd = os.dup(file.fd)  # a rotation may close the original meanwhile
+        reached("rows_syncing")
         try:
             os.fdatasync(fd)
         except OSError:
@@ -148,20 +156,26 @@ class CsvLog:
             raise
         finally:
             os.close(fd)
+        reached("rows_synced")
         with self._lock:
             file.durable_size = size
             self._durable_seq = max(self._durable_seq, seq)
             return self._durable_seq
 
-    def contains(self, keys: set[tuple[str, str]]) -> set[tuple[str, str]]:
-        """Those ``(src, task_id)`` of ``keys`` that have a complete and durable ``task`` row, in this or an older file.
+    def open(self) -> None:
+        """Open and heal the file now, to see whether that can be done; else the first call that needs it does so."""
+        with self._lock:
+            self._current()
+
+    def contains(self, keys: set[TaskKey]) -> set[TaskKey]:
+        """Those of ``keys`` that have a complete and durable ``task`` row, in this or an older file.
 
         Reads the newest files first, and no more than needed.
         """
         with self._lock:
             self._current()
-            files = [self._path, *self._rotated().values()]
-        missing = {(_harmless(src), _harmless(task_id)): (src, task_id) for src, task_id in keys}
+            files = [self._path, *older_files(self._path).values()]
+        missing = {(_harmless(src), _harmless(task_id), ts): (src, task_id, ts) for src, task_id, ts in keys}
         for file in files:
             for key in _task_keys(file):
                 missing.pop(key, None)
@@ -253,7 +267,10 @@ class CsvLog:
         return self._file
 
     def _open(self) -> _File:
-        if _is_foreign(self._path):
+        head = _head(self._path)
+        if _is_torn(head):
+            self._path.replace(self._torn_path)
+        elif not HEADER.startswith(head):  # half a header is ours, and healed
             self._set_aside()
         fd = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, _FILE_MODE)
         try:
@@ -261,7 +278,7 @@ class CsvLog:
             os.fsync(fd)  # what an earlier process left in the page cache counts as logged from here on
             _sync_directory(self._path.parent)
             if self._seq == 0:
-                self._seq = next(filter(None, map(_last_seq, (self._path, *self._rotated().values()))), 0)
+                self._seq = next(filter(None, map(_last_seq, (self._path, *older_files(self._path).values()))), 0)
         except BaseException:
             os.close(fd)
             raise
@@ -271,41 +288,54 @@ class CsvLog:
     def _heal(self, fd: int) -> int:
         """Move a torn end aside, write the header if there is none, and return the size."""
         with self._path.open("rb") as file:
-            end = next(_record_ends(file))
+            end = _sound_end(file)
         size = os.fstat(fd).st_size
         if 0 < end < size:
             with suppress(OSError):  # on a full disk it is better to go on without half a row
-                _save(self._path.with_name(self._path.name + ".torn"), os.pread(fd, size - end, end))
+                _save(self._torn_path, os.pread(fd, size - end, end))
+        reached("torn_row_saved")
         os.ftruncate(fd, end)
+        reached("log_cut")
         if end == 0:
             _write_all(fd, HEADER)
+            reached("header_written")
         return end or len(HEADER)
+
+    @property
+    def _torn_path(self) -> Path:
+        """Where a torn end is put: the last one only, so that a board that loses power daily does not fill its card."""
+        return self._path.with_name(self._path.name + ".torn")
 
     def _rotate(self, file: _File) -> _File:
         self._retire(file)
+        reached("log_retired")
         self._set_aside()
         self._prune()
         self._file = self._open()
+        reached("log_begun")
         return self._file
 
     def _set_aside(self) -> None:
         """Give the file the next number. Numbers, not times: a clock that is set back must not overwrite a file."""
-        number = max(self._rotated(), default=0) + 1
+        number = max(older_files(self._path), default=0) + 1
         self._path.rename(self._path.with_name(f"{self._path.stem}.{number}{self._path.suffix}"))
+        reached("log_renamed")
         _sync_directory(self._path.parent)
 
     def _prune(self) -> None:
         """Delete the oldest beyond ``keep``; files that are not ours stay."""
-        ours = [path for path in self._rotated().values() if "record" in _columns(path)]
         with suppress(OSError):  # it can wait for the next rotation; the rows cannot
+            ours = [path for path in older_files(self._path).values() if "record" in _columns(path)]
             for path in ours[self._keep :]:
                 path.unlink()
+                reached("log_pruned")
 
-    def _rotated(self) -> dict[int, Path]:
-        """The older files by their number, newest first."""
-        name = re.compile(rf"{re.escape(self._path.stem)}\.([0-9]+){re.escape(self._path.suffix)}")
-        numbers = {int(m[1]): path for path in self._path.parent.iterdir() if (m := name.fullmatch(path.name))}
-        return dict(sorted(numbers.items(), reverse=True))
+
+def older_files(path: Path) -> dict[int, Path]:
+    """The files that were rotated away from ``path``, by their number, newest first."""
+    name = re.compile(rf"{re.escape(path.stem)}\.([0-9]+){re.escape(path.suffix)}")
+    numbers = {int(m[1]): file for file in path.parent.iterdir() if (m := name.fullmatch(file.name))}
+    return dict(sorted(numbers.items(), reverse=True))
 
 
 class Around(TypedDict, total=False):
@@ -334,14 +364,14 @@ def task_row(
         task: as it was accepted.
         result: its terminal record; ``load_s`` is 0 when the model was resident already, None when it never was.
         usage: a ``telemetry.TaskUsage``, whose fields are columns; None when nothing was measured.
-        timings: Ollama's own figures; None when it gave none.
+        timings: Ollama's own figures of the last part; None when it gave none.
         around: of the moment when the task ended.
     """
-    known = Timings(prompt_eval_count=result.prompt_tokens or 0, eval_count=result.output_tokens or 0)
+    timings = _of_the_whole(timings or Timings(prompt_eval_count=result.prompt_tokens or 0), result)
     return {
         **_NOTHING_MEASURED,
         **(_known(usage.to_dict()) if usage else {}),
-        **(timings or known).to_dict(),
+        **timings.to_dict(),
         "error_code": result.error.code if result.error else None,
         **around,
         "record": "task",
@@ -371,10 +401,9 @@ def model_row(
     status: Literal["loaded", "unloaded", "load_failed", "unload_failed"],
     reason: str,
     duration_ns: int,
-    task: Task | None = None,
     **around: Unpack[Around],
 ) -> Row:
-    """The row of a load or unload that has ended. ``task`` is the one it was done for, if it was for one."""
+    """The row of a load or unload that has ended."""
     return {
         **around,
         "record": "model",
@@ -382,8 +411,6 @@ def model_row(
         "model_switching_time_ns": duration_ns,
         "status": status,
         "swap_reason": reason,
-        "task_id": task.id if task else None,
-        "src": task.src if task else None,
     }
 
 
@@ -417,6 +444,11 @@ def event_row(event: Event) -> Row:
     }
 
 
+def task_key(result: Result) -> TaskKey:
+    """By what its row is found again."""
+    return result.src, result.id, result.ts
+
+
 def load_state(result: Result) -> str:
     """How the task found its model: not_loaded, load_failed, already_loaded, loaded or swapped."""
     if result.load_s is None:
@@ -434,8 +466,20 @@ def _ns(seconds: float | None) -> int:
     return round((seconds or 0) * 1e9)
 
 
-def _tokens_per_second(result: Result, timings: Timings | None) -> float:
-    if timings and timings.eval_duration_ns:
+def _of_the_whole(timings: Timings, result: Result) -> Timings:
+    """With the tokens of all parts of an answer, where Ollama has told of its last part, or a crash has kept nothing.
+
+    What was not timed is taken to have been written at the speed of the last part: tokens by time remain a true speed.
+    """
+    tokens, speed = result.output_tokens, result.tokens_per_s
+    if tokens is None or tokens == timings.eval_count:
+        return timings
+    duration_ns = round(tokens / speed * 1e9) if speed else timings.eval_duration_ns
+    return replace(timings, eval_count=tokens, eval_duration_ns=duration_ns)
+
+
+def _tokens_per_second(result: Result, timings: Timings) -> float:
+    if timings.eval_duration_ns:
         return round(timings.eval_count / timings.eval_duration_ns * 1e9, 3)
     return result.tokens_per_s or 0
 
@@ -458,6 +502,11 @@ def _harmless(text: str) -> str:
     """
     text = _shortened(text.replace("\0", "").encode("utf-8", "replace").decode(), MAX_CELL)
     return "'" + text if _FORMULA.match(text) else text
+
+
+def original(cell: str) -> str:
+    """The text of a cell without the apostrophe that it may have been given."""
+    return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell
 
 
 def _shortened(text: str, limit: int) -> str:
@@ -492,13 +541,18 @@ def _sync_directory(directory: Path) -> None:
         os.close(fd)
 
 
-def _is_foreign(path: Path) -> bool:
-    """Whether it holds anything that does not begin as our own file does; half a header is ours, and healed."""
+def _head(path: Path) -> bytes:
+    """As much of the beginning as the header takes."""
     try:
         with path.open("rb") as file:
-            return not HEADER.startswith(file.read(len(HEADER)))
+            return file.read(len(HEADER))
     except FileNotFoundError:
-        return False
+        return b""
+
+
+def _is_torn(head: bytes) -> bool:
+    """Whether a file was begun by us and lost to a power cut: zeros where the header, or the rest of it, should be."""
+    return head.endswith(b"\0") and HEADER.startswith(head.rstrip(b"\0"))
 
 
 def _record_ends(file: BinaryIO) -> Iterator[int]:
@@ -520,6 +574,27 @@ def _record_ends(file: BinaryIO) -> Iterator[int]:
     yield 0
 
 
+def _sound_end(file: BinaryIO) -> int:
+    """Where the last row ends that is whole; noise behind it may hold line breaks as well."""
+    ends = _record_ends(file)
+    end = next(ends)
+    for begin in ends:
+        file.seek(begin)
+        if begin == 0 or _is_row(file.read(end - begin)):
+            return end
+        end = begin
+    return end
+
+
+def _is_row(record: bytes) -> bool:
+    """Whether it is a row as we write them."""
+    try:
+        (cells,) = csv.reader([record.decode()], strict=True)
+    except (csv.Error, ValueError):
+        return False
+    return len(cells) == len(COLUMNS) and b"\0" not in record
+
+
 def _last_seq(path: Path) -> int:
     """The ``seq`` of the last row, 0 when there is none or it cannot be read."""
     columns = _columns(path)
@@ -535,10 +610,12 @@ def _last_seq(path: Path) -> int:
 
 def _columns(path: Path) -> list[str]:
     try:
-        with path.open(newline="", encoding="utf-8", errors="replace") as file:
-            return _first_record(file)
-    except OSError:
+        file = path.open(newline="", encoding="utf-8", errors="replace")
+    except _NOT_FOR_US:
         return []
+    with file, suppress(OSError):
+        return _first_record(file)
+    return []
 
 
 def _first_record(lines: Iterable[str]) -> list[str]:
@@ -549,16 +626,21 @@ def _first_record(lines: Iterable[str]) -> list[str]:
         return []
 
 
-def _task_keys(path: Path) -> Iterator[tuple[str, str]]:
-    """``(src, task_id)`` of every complete ``task`` row, as the cells stand in the file. Foreign files have none."""
-    with suppress(csv.Error, OSError), path.open(newline="", encoding="utf-8", errors="replace") as file:
+def _task_keys(path: Path) -> Iterator[TaskKey]:
+    """The key of every complete ``task`` row, as its cells stand in the file. Foreign files have none."""
+    try:
+        file = path.open(newline="", encoding="utf-8", errors="replace")
+    except _NOT_FOR_US:
+        return
+    with file, suppress(csv.Error, OSError):
         rows = csv.reader(file)
         columns = next(rows, [])
-        if "record" not in columns:
+        wanted = ("record", "src", "task_id", "timestamp")
+        if not set(wanted) <= set(columns):
             return
-        pick = itemgetter(*map(columns.index, ("record", "src", "task_id")))
+        pick = itemgetter(*map(columns.index, wanted))
         for row in rows:
             if len(row) == len(columns):
-                record, src, task_id = pick(row)
+                record, src, task_id, timestamp = pick(row)
                 if record == "task":
-                    yield src, task_id
+                    yield src, task_id, timestamp

@@ -16,7 +16,8 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 
 IDENTIFIER = "edge-llm"
 JOURNAL_SOCKET = "/run/systemd/journal/socket"
@@ -25,6 +26,11 @@ JOURNAL_SOCKET = "/run/systemd/journal/socket"
 _SEND_TIMEOUT_S = 2.0
 _FIELD_NAME = re.compile(r"[A-Z][A-Z0-9_]{0,63}")
 _STDOUT, _STDERR = 1, 2
+BURST = 20
+"""So many lines of one kind are written within ``PERIOD_S``."""
+PERIOD_S = 300.0
+KINDS = 1000
+"""So many kinds are told apart at most."""
 # The priorities of syslog, for levels from this one up.
 _PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
 _DEBUG_PRIORITY = 7
@@ -89,6 +95,7 @@ def setup_logging(level: str) -> None:
         handler.setFormatter(PriorityFormatter())
     else:
         handler.setFormatter(HumanFormatter())
+    handler.addFilter(Flood())
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
 
 
@@ -117,6 +124,37 @@ class JournalHandler(logging.Handler):
         """Release the socket."""
         self._socket.close()
         super().close()
+
+
+class Flood(logging.Filter):
+    """Of records that differ in their values alone, lets pass ``BURST`` within ``PERIOD_S``.
+
+    The first one after that says how many were left out. Records of level debug were asked for, and those with a true
+    ``record.each`` have each something to say: all of these pass.
+    """
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._clock = clock
+        self._since: dict[tuple[str, str], float] = {}
+        self._seen: Counter[tuple[str, str]] = Counter()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether it passes."""
+        if record.levelno < logging.INFO or getattr(record, "each", False):
+            return True
+        kind, now = (record.name, str(record.msg)), self._clock()
+        if now - self._since.get(kind, -PERIOD_S) >= PERIOD_S:
+            if len(self._since) >= KINDS:  # a library that puts values into its texts makes a kind of each
+                self._since.clear()
+                self._seen.clear()
+            left_out = self._seen.pop(kind, 0) - BURST
+            self._since[kind] = now
+            if left_out > 0:
+                record.msg = f"{record.getMessage()} (and {left_out} more such lines before)"
+                record.args = ()
+        self._seen[kind] += 1
+        return self._seen[kind] <= BURST
 
 
 class PriorityFormatter(logging.Formatter):

@@ -4,6 +4,7 @@ Nothing here blocks or fails: a share of the processor is the difference of two 
 or broken reads as None.
 """
 
+import resource
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -19,13 +20,19 @@ T = TypeVar("T")
 THROTTLE_FLAGS = ("under_voltage", "frequency_capped", "throttled", "soft_temperature_limit")
 """Of the Raspberry Pi's firmware: bit n of its word says "now", bit 16 + n "since boot"."""
 
+HOT_C = 80.0
+"""Where a Raspberry Pi begins to slow down."""
+
 _THROTTLED = "devices/platform/soc/soc:firmware/get_throttled"
 _OLLAMA_CGROUP = "fs/cgroup/system.slice/ollama.service"
 
 
 def memory_available() -> int:
-    """Bytes that can be had without swapping."""
-    return int(psutil.virtual_memory().available)
+    """Bytes that can be had without swapping; none when nobody can tell, as when no more files can be opened."""
+    try:
+        return int(psutil.virtual_memory().available)
+    except OSError:
+        return 0
 
 
 def memory_total() -> int:
@@ -182,7 +189,7 @@ class Sampler:
     def sample(
         self, ollama: OllamaState, *, ts: str, boot: str, clock_synced: bool, queue_depth: int, outbox: int
     ) -> dict[str, Any]:
-        """One sample as plain JSON data: docs/mqtt.md shows it. Its ``seq`` starts at 1 with every start of the daemon.
+        """One sample as plain JSON data, explained in docs/mqtt.md. Its ``seq`` begins at 1 with each start.
 
         Args:
             ollama: what the pool knows.
@@ -229,6 +236,7 @@ class Sampler:
                 "cpu_s": round(own.cpu_s, 2),
                 "threads": self._self.num_threads(),
                 "fds": self._self.num_fds(),
+                "context_switches": _context_switches(),
                 "uptime_s": round(time.monotonic() - self._started, 1),
             }
 
@@ -292,6 +300,12 @@ def _all_processes() -> list[psutil.Process]:
 def _consumption(process: psutil.Process) -> Consumption:
     times = process.cpu_times()
     return Consumption(times.user + times.system, process.memory_info().rss)
+
+
+def _context_switches() -> int:
+    """Of this process since its start, threads that have ended included: how often it has woken the board."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_nvcsw + used.ru_nivcsw
 
 
 def _load_average() -> float:

@@ -8,6 +8,7 @@ import re
 import resource
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edge_daemon import logger
+from edge_daemon.clock import iso
 from edge_daemon.logger import (
     COLUMNS,
     CUT_TEXT,
@@ -24,6 +26,7 @@ from edge_daemon.logger import (
     MAX_CELL,
     CsvLog,
     Row,
+    TaskKey,
     Timings,
     event_row,
     load_state,
@@ -49,12 +52,18 @@ OUR_COLUMNS = (
 # Takes a directory and the options of `CsvLog`.
 NewLog = Callable[..., CsvLog]
 
+TS = iso(FakeClock().wall())
 NASTY = 'said "hi",\nthen\r\nleft\rfor\t"good"'
 
 
 def row(task_id: str, *, prompt: str = NASTY, src: str = "cam") -> Row:
     """A small `task` row."""
     return {"record": "task", "task_id": task_id, "src": src, "prompt": prompt}
+
+
+def keys(*task_ids: str, src: str = "cam") -> set[TaskKey]:
+    """By what such rows are looked for."""
+    return {(src, task_id, TS) for task_id in task_ids}
 
 
 def files(directory: Path) -> list[Path]:
@@ -256,6 +265,27 @@ def test_rotation(tmp_path: Path, new_log: NewLog) -> None:
     assert files(tmp_path)[0].name > "llm_metrics.3.csv"
 
 
+@pytest.mark.parametrize("call", [lambda log: log.append([row("next")]), lambda log: log.contains(keys("1"))])
+def test_a_file_that_cannot_be_opened_just_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Callable[[CsvLog], object], new_log: NewLog
+) -> None:
+    """While a process has too many files open, no number of a row is given twice, and no row is taken for missing."""
+    log = new_log(tmp_path)
+    log.append([row("1")])
+    log.close()
+
+    def no_file(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    again = new_log(tmp_path)
+    with monkeypatch.context() as short:
+        short.setattr(Path, "open", no_file)
+        with pytest.raises(OSError, match="Too many open files"):
+            call(again)
+    assert again.contains(keys("1")) == keys("1")
+    assert again.append([row("2")]) == 2
+
+
 def test_numbers_rise_over_a_restart_after_rotation(tmp_path: Path, new_log: NewLog) -> None:
     """A file that has no row yet takes the last number from the one before it."""
     log = new_log(tmp_path)
@@ -267,7 +297,9 @@ def test_numbers_rise_over_a_restart_after_rotation(tmp_path: Path, new_log: New
     assert [path.name for path in files(tmp_path)][:2] == ["llm_metrics.7.csv", "llm_metrics.8.csv"]
 
 
-@pytest.mark.parametrize("foreign", [b"timestamp,task_type,model_name\n1,2,3\n", b"\0" * 5000, b"hello", b'"' * 999])
+@pytest.mark.parametrize(
+    "foreign", [b"timestamp,task_type,model_name\n1,2,3\n", b"\0hello" * 999, b"hello", b'"' * 999]
+)
 def test_foreign_file_is_put_aside_untouched(tmp_path: Path, foreign: bytes, new_log: NewLog) -> None:
     """A file with other columns, such as the prior system's, keeps its content and is never deleted."""
     (tmp_path / "llm_metrics.csv").write_bytes(foreign)
@@ -276,14 +308,16 @@ def test_foreign_file_is_put_aside_untouched(tmp_path: Path, foreign: bytes, new
         log.append([row(str(n))])
     assert (tmp_path / "llm_metrics.1.csv").read_bytes() == foreign
     assert [path.name for path in files(tmp_path)[1:]] == ["llm_metrics.5.csv", "llm_metrics.csv"]
-    assert log.contains({("cam", "4"), ("cam", "5")}) == {("cam", "4")}
+    assert log.contains(keys("4", "5")) == keys("4")
 
 
 def test_rows_of_an_older_version_are_found(tmp_path: Path, new_log: NewLog) -> None:
     """After an upgrade that adds columns, the old file still says what is logged, and the numbers go on from it."""
-    (tmp_path / "llm_metrics.csv").write_bytes(b"record,seq,task_id,src\ntask,9\ntask,41,a,cam\ntask,42,b,cam\n")
+    (tmp_path / "llm_metrics.csv").write_bytes(
+        f"record,seq,task_id,src,timestamp\ntask,9\ntask,41,a,cam,{TS}\ntask,42,b,cam,{TS}\n".encode()
+    )
     log = new_log(tmp_path)
-    assert log.contains({("cam", "a"), ("cam", "c")}) == {("cam", "a")}
+    assert log.contains(keys("a", "c")) == keys("a")
     assert log.append([row("c")]) == 43
 
 
@@ -293,7 +327,7 @@ def test_directory_in_the_way(tmp_path: Path, new_log: NewLog) -> None:
     log = new_log(tmp_path, rotate_bytes=10, keep=1)
     for n in range(4):
         log.append([row(str(n))])
-    assert log.contains({("cam", "2"), ("cam", "gone")}) == {("cam", "2")}
+    assert log.contains(keys("2", "gone")) == keys("2")
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "llm_metrics.4.csv",
         "llm_metrics.7.csv",
@@ -336,7 +370,7 @@ def test_sync_tells_what_is_safe(tmp_path: Path, new_log: NewLog) -> None:
     log.close()
     assert not log.dirty
     again = new_log(tmp_path)
-    assert again.contains({("cam", "3")}) == {("cam", "3")}
+    assert again.contains(keys("3")) == keys("3")
     assert not again.dirty
     assert again.sync() == 3
 
@@ -347,8 +381,8 @@ def test_contains_looks_into_all_files(tmp_path: Path, new_log: NewLog) -> None:
     for n in range(20):
         log.append([row(f"-{n}", src="=cam")])
     log.append([{"record": "model", "task_id": "m", "src": "=cam"}])
-    wanted = {("=cam", "-0"), ("=cam", "-19"), ("=cam", "m"), ("other", "-1"), ("=cam", "1")}
-    assert new_log(tmp_path).contains(wanted) == {("=cam", "-0"), ("=cam", "-19")}
+    wanted = keys("-0", "-19", "m", "1", src="=cam") | keys("-1", src="other")
+    assert new_log(tmp_path).contains(wanted) == keys("-0", "-19", src="=cam")
     assert new_log(tmp_path).contains(set()) == set()
 
 
@@ -360,7 +394,7 @@ def test_contains_stops_early(tmp_path: Path, new_log: NewLog, monkeypatch: pyte
     real = logger._task_keys
     newest_only = {tmp_path / "llm_metrics.csv": real(tmp_path / "llm_metrics.csv")}
     monkeypatch.setattr(logger, "_task_keys", newest_only.__getitem__)
-    assert log.contains({("cam", "19")}) == {("cam", "19")}
+    assert log.contains(keys("19")) == keys("19")
 
 
 def test_failed_sync_cuts_what_may_be_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, new_log: NewLog) -> None:
@@ -448,9 +482,12 @@ def test_torn_header_is_healed(tmp_path: Path, cut: int, new_log: NewLog) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["llm_metrics.csv"]
 
 
-@pytest.mark.parametrize("tail", [b"\0" * 100, b'"open quote\n\n', b"1,2,3", 'é"'.encode()[:1]])
+@pytest.mark.parametrize(
+    "tail",
+    [b"\0" * 100, b'"open quote\n\n', b"1,2,3", 'é"'.encode()[:1], b"\xb9\n", b"1,2,3\n\n", HEADER[:-1] + b"\0\n"],
+)
 def test_garbage_at_the_end_is_put_aside(tmp_path: Path, tail: bytes, new_log: NewLog) -> None:
-    """What a power cut may leave behind the last row: zeros, an open quote, half a character."""
+    """What a power cut may leave behind the last row: zeros, an open quote, half a character, noisy lines."""
     new_log(tmp_path).append([row("1")])
     with (tmp_path / "llm_metrics.csv").open("ab") as file:
         file.write(tail)
@@ -530,7 +567,7 @@ def after_crash(directory: Path, expected: list[str], new_log: NewLog) -> None:
     assert rows[-1]["task_id"] == "next"
     seqs = [int(row["seq"]) for row in rows]
     assert seqs == sorted(set(seqs))
-    assert log.contains({("cam", task_id) for task_id in found}) == {("cam", task_id) for task_id in found}
+    assert log.contains(keys(*found)) == keys(*found)
 
 
 # -- disks that refuse
@@ -629,12 +666,13 @@ RESULT = Result(
     run_s=2.0,
     total_s=3.75,
     prompt_tokens=11,
-    output_tokens=20,
-    tokens_per_s=10.0,
+    output_tokens=45,
+    tokens_per_s=15.0,
     swapped=True,
     preempted=1,
     ts="2026-01-31T12:00:00.250Z",
 )
+# Of the part after the interruption.
 TIMINGS = Timings(
     total_duration_ns=3_400_000_000,
     load_duration_ns=5,
@@ -689,8 +727,8 @@ def test_task_row(tmp_path: Path, new_log: NewLog) -> None:
         "load_duration_ns": "5",
         "prompt_eval_count": "12",
         "prompt_eval_duration_ns": "6",
-        "eval_count": "30",
-        "eval_duration_ns": "2000000000",
+        "eval_count": "45",
+        "eval_duration_ns": "3000000000",
         "tokens_per_second": "15.0",
         "cpu_usage_percent": "97.5",
         "memory_usage_percent": "61.0",
@@ -732,8 +770,20 @@ def test_task_that_never_ran_has_numbers(tmp_path: Path, new_log: NewLog) -> Non
         assert [name for name in NUMBERS if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", found.get(name, ""))] == []
     assert len(NUMBERS) == 12
     assert task_row(TASK, expired)["task_latency_ns"] == 60_000_000_000
-    assert task_row(TASK, RESULT)["eval_count"] == 20
-    assert task_row(TASK, RESULT)["tokens_per_second"] == 10.0
+
+
+def test_the_tokens_of_a_whole_answer() -> None:
+    """Measured, preempted or rebuilt: the tokens are those of the result, and by their time they give its speed."""
+    columns = ("eval_count", "eval_duration_ns", "tokens_per_second")
+    whole = replace(TIMINGS, eval_count=45, eval_duration_ns=3_000_000_001)
+    rows = [task_row(TASK, RESULT, None, timings) for timings in (whole, TIMINGS, None)]
+    assert [tuple(row[name] for name in columns) for row in rows] == [
+        (45, 3_000_000_001, 15.0),
+        (45, 3_000_000_000, 15.0),
+        (45, 3_000_000_000, 15.0),
+    ]
+    unmeasured = replace(RESULT, tokens_per_s=None)
+    assert [task_row(TASK, unmeasured)[name] for name in columns] == [45, 0, 0]
 
 
 def test_rows_survive_json() -> None:
@@ -767,12 +817,12 @@ def test_load_state(fields: dict[str, Any], state: str) -> None:
 
 
 def test_model_row(tmp_path: Path, new_log: NewLog) -> None:
-    """A load and an unload say what, why, how long, and for which task."""
-    load = model_row("m", status="loaded", reason="oldest", duration_ns=7, evicted_models=("a",), task=TASK)
+    """A load and an unload say what, why and how long."""
+    load = model_row("m", status="loaded", reason="oldest", duration_ns=7, evicted_models=("a",))
     unload = model_row("m", status="unloaded", reason="idle", duration_ns=3, error_code=None)
     first, second = logged(new_log, tmp_path, load, unload)
     assert (first["record"], first["model_name"], first["model_switching_time_ns"]) == ("model", "m", "7")
-    assert (first["swap_reason"], first["evicted_models"], first["task_id"]) == ("oldest", "a", "t1")
+    assert (first["swap_reason"], first["evicted_models"]) == ("oldest", "a")
     assert (second["status"], second["swap_reason"], second["model_switching_time_ns"]) == ("unloaded", "idle", "3")
     assert "task_latency_ns" not in first
 

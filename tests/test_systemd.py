@@ -113,7 +113,7 @@ def test_nobody_listens(monkeypatch: pytest.MonkeyPatch, address: str | None) ->
     ("limit_us", "pid", "interval_s"),
     [
         ("60000000", None, 30.0),
-        ("60000000", str(os.getpid()), 30.0),
+        pytest.param("60000000", str(os.getpid()), 30.0, id="own process"),
         ("60000000", "1", None),
         ("0", None, None),
         ("soon", None, None),

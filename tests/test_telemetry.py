@@ -1,5 +1,6 @@
 """What the board is doing: the arithmetic on given counters, an imitated /sys, and real processes that work."""
 
+import errno
 import json
 import os
 import subprocess
@@ -302,6 +303,7 @@ def test_sample_is_plain_json(board: Board, tmp_path: Path) -> None:
     assert sample["network"].keys() == {"received_bytes", "sent_bytes"}
     assert sample["ollama"]["resident_models"] == ["m"]
     assert (sample["daemon"]["queue_depth"], sample["daemon"]["outbox"]) == (3, 2)
+    assert sample["daemon"]["context_switches"] > 0
     assert sample["daemon"]["fds"] == pytest.approx(sum(1 for _ in Path("/proc/self/fd").iterdir()), abs=3)
     assert sample["daemon"]["rss_bytes"] > 1_000_000
 
@@ -370,3 +372,13 @@ def test_attempt_lets_the_process_end() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         attempt(interrupted)
+
+
+def test_memory_that_nobody_can_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While no file can be opened, no memory is taken for free: nothing is loaded, and no thread ends by it."""
+
+    def no_file() -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(psutil, "virtual_memory", no_file)
+    assert memory_available() == 0
