@@ -1,12 +1,13 @@
 """The command edge-llm: arguments, exit statuses, status of a node, and the embedded default."""
 
 import fcntl
+import json
 import os
 import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,15 @@ import pytest
 
 from edge_daemon import __version__, cli
 from tests.conftest import NewMosquitto
+from tests.embedded.daemon import TIMEOUT_S, Embedded, environment
 from tests.embedded.needs_models import SMOLLM2, need_model
-from tests.mosquitto import Mosquitto, free_port
+from tests.mosquitto import Mosquitto
 from tests.mqtt_client import MqttClient
-from tests.processes import marked, new_mark
+from tests.ports import free_port
+from tests.processes import marked
 from tests.waiting import wait_until
 
-ROOT = Path(__file__).parent.parent
-TIMEOUT_S = 60.0
+Watching = Callable[..., subprocess.Popen[str]]
 
 
 @pytest.fixture(autouse=True)
@@ -30,10 +32,14 @@ def no_system_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "SYSTEM_CONFIG", tmp_path / "none.yaml")
 
 
-def environment(mark: Mapping[str, str]) -> dict[str, str]:
-    """Where the package is found, and a mark to find the process by."""
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    return {**os.environ, "PYTHONPATH": path, **mark}
+@pytest.fixture(autouse=True)
+def own_process_as_before() -> Iterator[None]:
+    """`run` sets signals and modes of its process, here ours: daemons that later tests start would inherit them."""
+    signals, modes = signal.pthread_sigmask(signal.SIG_BLOCK, ()), os.umask(0o022)
+    os.umask(modes)
+    yield
+    signal.pthread_sigmask(signal.SIG_SETMASK, signals)
+    os.umask(modes)
 
 
 def edge_llm(*arguments: str) -> tuple[int, str, str]:
@@ -85,12 +91,47 @@ def test_wrong_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().err.startswith("usage: edge-llm")
 
 
+@pytest.mark.parametrize(
+    "arguments", [["run", "--embeded"], ["status", "x"], ["install-service", "--x"], ["-x", "demo"]]
+)
+def test_an_unknown_argument_has_the_usage_of_its_command(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever mistypes an option of a command is shown those of that command."""
+    with pytest.raises(SystemExit) as end:
+        cli.main(arguments)
+    assert end.value.code == 2
+    command = next(argument for argument in arguments if argument in ("run", "status", "install-service", "demo"))
+    err = capsys.readouterr().err
+    assert err.startswith(f"usage: edge-llm {command} ")
+    assert "unrecognized arguments" in err
+
+
 def test_check_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A right configuration, or none, is ok."""
     file = written(tmp_path / "config.yaml", "node: pi1\n")
     assert cli.main(["check-config"]) == 0
     assert cli.main(["check-config", "--config", str(file)]) == 0
-    assert capsys.readouterr().out == "ok\nok\n"
+    assert capsys.readouterr().out == "ok\nok\n  node: pi1\n"
+
+
+def test_check_config_shows_what_is_no_default(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By dotted key, each on a line; never what is in a secret file."""
+    secret = written(tmp_path / "password", "hush")
+    text = (
+        f"mqtt: {{username: pi, password_file: {secret}, reply_prefixes: []}}\nmodels: {{settings: {{small: {{}}}}}}\n"
+    )
+    file = written(tmp_path / "config.yaml", text)
+    secret.chmod(0o600)
+    assert cli.main(["check-config", "--config", str(file)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "ok",
+        "  mqtt.username: pi",
+        f"  mqtt.password_file: {secret}",
+        "  mqtt.reply_prefixes: none",
+        "  models.settings: small",
+    ]
 
 
 def test_the_system_config_is_the_default(
@@ -199,6 +240,7 @@ READY: dict[str, Any] = {
     "models": {
         "models": [{"name": "small:1b", "residency": "resident", "size_bytes": 2_000_000_000}],
         "budget_bytes": 3_000_000_000,
+        "available": ["large:7b", "small:1b"],
         "default": "small:1b",
     },
 }
@@ -211,9 +253,9 @@ def retained(broker: Mosquitto, node: str, topics: Mapping[str, Any]) -> None:
             client.publish(f"edge-llm/{node}/{name}", payload, retain=True)
 
 
-def status_of(broker: Mosquitto, node: str) -> int:
+def status_of(broker: Mosquitto, node: str, *arguments: str) -> int:
     """The exit status of `edge-llm status`."""
-    return cli.main(["status", "--host", broker.host, "--port", str(broker.port), "--node", node])
+    return cli.main(["status", "--host", broker.host, "--port", str(broker.port), "--node", node, *arguments])
 
 
 @pytest.mark.broker
@@ -224,6 +266,20 @@ def test_status_of_a_ready_node(mosquitto: Mosquitto, unique_node: str, capsys: 
     page = capsys.readouterr().out
     for part in ("online", "ready", "1.2.3", "1 urgent, 2 normal", "door7/t1 on small:1b", "4 answers", "2,000 MB"):
         assert part in page
+    assert "\n          available: large:7b, small:1b\n" in page
+
+
+@pytest.mark.broker
+def test_status_of_a_node_with_many_models(
+    mosquitto: Mosquitto, unique_node: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """However many models there are, they take one line."""
+    names = [f"model{n}:1b" for n in range(100)]
+    retained(mosquitto, unique_node, READY | {"models": {"available": names}})
+    assert status_of(mosquitto, unique_node) == 0
+    page = capsys.readouterr().out
+    assert "available: model0:1b, model1:1b, " in page
+    assert "model11:1b and 88 more\n" in page
 
 
 @pytest.mark.broker
@@ -257,7 +313,11 @@ def test_status_of_nobody(mosquitto: Mosquitto, unique_node: str, capsys: pytest
 @pytest.mark.parametrize(
     "topics",
     [
-        {"queue": '{"waiting": 3, "running": [], "unsent": {}}', "models": '{"models": 5, "budget_bytes": "much"}'},
+        {
+            "queue": '{"waiting": 3, "running": [], "unsent": {}}',
+            "models": '{"models": 5, "budget_bytes": "much", "available": 5}',
+        },
+        {"models": '{"models": [{"size_bytes": 1%s}], "budget_bytes": NaN}' % ("0" * 400)},
         {"queue": '{"waiting": {"urgent": "\\u001b[2J"}}', "models": '{"models": [7, {}]}', "info": "null"},
     ],
 )
@@ -268,6 +328,105 @@ def test_status_of_a_strange_node(
     retained(mosquitto, unique_node, READY | topics)
     assert status_of(mosquitto, unique_node) == 0
     assert capsys.readouterr().out.replace("\n", "").isprintable()
+
+
+@pytest.mark.broker
+def test_status_for_a_program(mosquitto: Mosquitto, unique_node: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """--json gives one line with everything that the broker keeps, under the names of the topics."""
+    retained(mosquitto, unique_node, READY)
+    assert status_of(mosquitto, unique_node, "--json") == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert json.loads(line) == {"topic": f"edge-llm/{unique_node}", "ready": True, **READY}
+
+
+@pytest.fixture
+def watching(mosquitto: Mosquitto, unique_node: str, interruptible: None) -> Iterator[Watching]:
+    """Starts `edge-llm status --watch` on the test's node; ends it with the test."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: str) -> subprocess.Popen[str]:
+        place = ["--host", mosquitto.host, "--port", str(mosquitto.port), "--node", unique_node]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "edge_daemon", "status", "--watch", *place, *arguments],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment({}),
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.broker
+def test_watching_a_node(mosquitto: Mosquitto, unique_node: str, watching: Watching) -> None:
+    """--watch tells each change, also what is told only once, until it is interrupted."""
+    retained(mosquitto, unique_node, READY)
+    process = watching("--json")
+    assert process.stdout is not None
+    assert json.loads(process.stdout.readline())["ready"] is True
+    root = f"edge-llm/{unique_node}"
+    with MqttClient(mosquitto.host, mosquitto.port) as client:
+        client.publish(f"{root}/telemetry", {"temperature_c": 61.2})
+        assert json.loads(process.stdout.readline())["telemetry"] == {"temperature_c": 61.2}
+        client.publish(f"{root}/reply/door7/evt-42/result", {"id": "evt-42", "state": "succeeded"})
+        assert json.loads(process.stdout.readline())["last_results"] == [{"id": "evt-42", "state": "succeeded"}]
+        client.publish(f"{root}/availability", "offline", retain=True)
+        assert json.loads(process.stdout.readline())["ready"] is False
+    process.send_signal(signal.SIGINT)
+    assert process.wait(TIMEOUT_S) == cli.INTERRUPTED
+
+
+def test_what_has_not_changed_is_not_told_again(capsys: pytest.CaptureFixture[str]) -> None:
+    """The same message twice is one page."""
+    from edge_daemon import status
+    from edge_daemon.config import parse
+    from edge_daemon.mqtt_connection import Received
+
+    online = Received(topic="edge-llm/n1/availability", payload=b"online", retain=True)
+    script = [online, None, online, None, None]
+
+    class Scripted:
+        def get(self, timeout_s: float) -> Received | None:
+            if not script:
+                raise KeyboardInterrupt
+            return script.pop(0)
+
+    device: Any = Scripted()
+    with pytest.raises(KeyboardInterrupt):
+        status._repeat(status._Node(parse("node: n1")), device, as_json=True)
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+@pytest.mark.broker
+def test_the_page_of_a_watched_node(mosquitto: Mosquitto, unique_node: str, watching: Watching) -> None:
+    """Board and last tasks have lines of their own, and no control character gets through."""
+    process = watching()
+    assert process.stdout is not None
+    assert "is that its name?" in process.stdout.readline()
+    sample = {
+        "cpu": {"percent": 35.5},
+        "memory": {"percent": 52, "available_bytes": 1_900_000_000},
+        "disk": {"free_bytes": 7_000_000_000},
+        "temperature_c": 61.2,
+        "throttling": {"now": ["under_voltage"]},
+    }
+    result = {"ts": "12:00", "src": "door7", "id": "\x1b[2J", "state": "failed", "error": {"code": "no_memory"}}
+    with MqttClient(mosquitto.host, mosquitto.port) as client:
+        client.publish(f"edge-llm/{unique_node}/telemetry", sample)
+        client.publish(f"edge-llm/{unique_node}/reply/door7/x/result", result)
+        page = ""
+        while "no_memory" not in page:
+            page += process.stdout.readline()
+    assert (
+        "processor 35.5 %; memory 52 %, 1,900 MB available; disk 7,000 MB free; 61.2 C; THROTTLED: under_voltage"
+        in page
+    )
+    assert "12:00 door7/\\x1b[2J failed (no_memory)" in page
+    assert "\x1b" not in page
 
 
 def test_status_without_a_broker(capsys: pytest.CaptureFixture[str]) -> None:
@@ -288,56 +447,6 @@ def test_status_at_a_broker_that_shuts_us_out(new_mosquitto: NewMosquitto, capsy
 
 
 # -- the embedded default --------------------------------------------------------------------------------------------
-
-
-class Embedded:
-    """`edge-llm run --embedded` as a process with a mark."""
-
-    def __init__(self, directory: Path, *, config: Path | None = None) -> None:
-        self.mark = new_mark()
-        self.port = free_port()
-        self._log = directory / "daemon.log"
-        arguments = [
-            "run",
-            "--embedded",
-            "--node",
-            "n1",
-            "--port",
-            str(self.port),
-            "--data-dir",
-            str(directory / "data"),
-        ]
-        arguments += ["--config", str(config)] if config else []
-        with self._log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "edge_daemon", *arguments], stderr=log, env=environment(self.mark)
-            )
-
-    def log(self) -> str:
-        """What it has said so far."""
-        return self._log.read_text(encoding="utf-8")
-
-    def await_log(self, text: str, count: int = 1) -> None:
-        """Return once it has said this so many times."""
-
-        def said() -> bool:
-            assert self.process.poll() is None, self.log()
-            return self.log().count(text) >= count
-
-        wait_until(said, TIMEOUT_S)
-
-    def kill(self, command: str) -> None:
-        """Kill the one child whose command line has this in it."""
-        (pid,) = marked(self.mark, command=command)
-        os.kill(pid, signal.SIGKILL)
-
-    def ask(self, task_id: str) -> dict[str, Any]:
-        """The result of a task."""
-        with MqttClient("127.0.0.1", self.port) as client:
-            client.subscribe("edge-llm/n1/reply/#")
-            client.publish(f"edge-llm/n1/task/test/{task_id}", "What is the capital of France?")
-            result: dict[str, Any] = client.wait_for_topic(f"edge-llm/n1/reply/test/{task_id}/result", TIMEOUT_S).json
-            return result
 
 
 @pytest.fixture

@@ -16,8 +16,9 @@ import pytest
 
 from tests import needs
 from tests.conftest import NewMosquitto
-from tests.mosquitto import Mosquitto, free_port
+from tests.mosquitto import Mosquitto
 from tests.mqtt_client import V311, MqttClient, Received
+from tests.ports import free_port
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.broker
@@ -214,6 +215,30 @@ def test_failure_is_told(node: Node, ask: Ask, state: str, error: dict[str, str]
     assert tool.end() == (1, "", complaint)
 
 
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"done_reason": "length", "truncated": False, "output_tokens": 512}, "cut at max_tokens (512 tokens)\n"),
+        ({"done_reason": "length", "truncated": True, "output_tokens": 3}, "cut at 5 bytes\n"),
+        ({"done_reason": "stop", "truncated": True, "output_tokens": 3}, "cut at 5 bytes\n"),
+        ({"done_reason": "stop", "truncated": False, "output_tokens": 3}, ""),
+    ],
+)
+def test_a_cut_is_told(node: Node, ask: Ask, fields: dict[str, Any], told: str) -> None:
+    """An answer that was cut is printed as it is, and one line on standard error says where it was cut."""
+    tool = ask("--prompt", "hi")
+    node.result("caf\u00e9", **fields)
+    assert tool.end() == (0, "caf\u00e9\n", told)
+
+
+def test_a_cut_is_not_told_beside_json(node: Node, ask: Ask) -> None:
+    """With --json the fields say it."""
+    tool = ask("--prompt", "hi", "--json")
+    node.result("caf", done_reason="length", truncated=False, output_tokens=512)
+    status, out, err = tool.end()
+    assert (status, json.loads(out)["done_reason"], err) == (0, "length", "")
+
+
 def test_stream_prints_as_it_comes(node: Node, ask: Ask) -> None:
     """Chunks are printed before the result exists; repeated chunks and the result add nothing twice."""
     tool = ask("--prompt", "hi", "--stream")
@@ -300,6 +325,9 @@ def test_silent_broker(ask: Ask) -> None:
         ["--prompt", "hi", "--wait", "0"],
         ["--prompt", "hi", "--wait", "nan"],
         ["--prompt", "hi", "--port", "65536"],
+        ["--prompt", "hi", "--host", ""],
+        ["--prompt", "hi", "--host", "a..b"],
+        ["--prompt", "hi", "--host", "a" * 64],
         ["--prompt", "hi", "--option", "=1"],
         ["--prompt", "hi", "--format", "/nowhere/schema.json"],
         ["--prompt", "hi", "--format", str(TOOL)],
@@ -409,14 +437,6 @@ def test_tls(new_mosquitto: NewMosquitto, unique_node: str, ask: Ask, tmp_path: 
     assert "certificate" in err
 
 
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """Undo for child processes what a shell does to those in the background: there Ctrl-C is ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("interruptible")
 def test_interrupt(node: Node, ask: Ask) -> None:
     """Ctrl-C ends the wait with the shell's own status and no traceback."""
@@ -479,7 +499,7 @@ def self_signed(directory: Path) -> tuple[Path, Path]:
 
 
 def test_a_missing_library_is_named(tmp_path: Path) -> None:
-    """Without paho-mqtt the tool says in one line what to install, as a usage error."""
+    """Without paho-mqtt the tool says how to get it without touching the system's Python, as a usage error."""
     (tmp_path / "paho.py").write_text("raise ImportError\n", encoding="utf-8")
     run = subprocess.run(
         [sys.executable, str(TOOL), "--prompt", "x"],
@@ -489,4 +509,7 @@ def test_a_missing_library_is_named(tmp_path: Path) -> None:
         check=False,
     )
     assert (run.returncode, run.stdout) == (2, "")
-    assert run.stderr.splitlines() == ["publish_task.py: needs paho-mqtt 2: pip install 'paho-mqtt>=2.1'"]
+    first, environment, again = run.stderr.splitlines()
+    assert first == f"publish_task.py: {sys.executable} has no paho-mqtt 2. An environment that has it:"
+    assert "-m venv ~/paho && ~/paho/bin/pip install 'paho-mqtt>=2.1'" in environment
+    assert again.split() == ["~/paho/bin/python", str(TOOL), "..."]

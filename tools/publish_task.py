@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Send one task to an edge-llm node over MQTT, wait, and print the answer.
 
-This file works alone: copy it anywhere that has Python 3.11 and paho-mqtt 2 (`pip install paho-mqtt`).
+This file works alone: copy it anywhere that has Python 3.11 and venv.
 
-    publish_task.py --host pi1.local --node pi1 --prompt 'Is 31 C hot?'
+    python3 -m venv ~/paho && ~/paho/bin/pip install 'paho-mqtt>=2.1'
+    ~/paho/bin/python publish_task.py --host pi1.local --node pi1 --prompt 'Is 31 C hot?'
 
-Exit status: 0 succeeded; 1 failed or rejected; 2 a wrong argument; 3 no broker, or no answer in time.
+Exit status: 0 succeeded; 1 failed or rejected; 2 a wrong argument; 3 no broker, or no answer in time; 130 interrupted.
 The environment variable EDGE_LLM_PASSWORD holds the password unless --password-file is given.
 """
 
@@ -32,7 +33,12 @@ try:
     from paho.mqtt.properties import Properties
     from paho.mqtt.reasoncodes import ReasonCode
 except ImportError:
-    print("publish_task.py: needs paho-mqtt 2: pip install 'paho-mqtt>=2.1'", file=sys.stderr)
+    print(
+        f"publish_task.py: {sys.executable} has no paho-mqtt 2. An environment that has it:\n"
+        "  python3 -m venv ~/paho && ~/paho/bin/pip install 'paho-mqtt>=2.1'\n"
+        f"  ~/paho/bin/python {sys.argv[0]} ...",
+        file=sys.stderr,
+    )
     sys.exit(2)
 
 SUCCEEDED, FAILED, USAGE, NO_ANSWER, INTERRUPTED = 0, 1, 2, 3, 130
@@ -290,6 +296,8 @@ def report(result: dict[str, Any], terminal: Terminal, *, as_json: bool) -> int:
         print(json.dumps(result, ensure_ascii=False, indent=2))
     elif succeeded:
         terminal.answer(str(result.get("text") or ""))
+        if cut := cut_text(result):
+            terminal.note(cut)
     else:
         terminal.end_stream()
     if not succeeded:
@@ -303,6 +311,15 @@ def reason_text(result: dict[str, Any]) -> str:
     if isinstance(error, dict):
         return f"{error.get('code')}: {error.get('message')}"
     return str(result.get("state"))
+
+
+def cut_text(result: dict[str, Any]) -> str | None:
+    """Where an answer was cut; None for one that is whole."""
+    if result.get("truncated") is True:
+        return f"cut at {len(str(result.get('text') or '').encode(errors='replace')):,} bytes"
+    if result.get("done_reason") == "length":
+        return f"cut at max_tokens ({result.get('output_tokens')} tokens)"
+    return None
 
 
 def progress_text(status: dict[str, Any]) -> str:
@@ -413,7 +430,7 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--base-topic", type=topic_part, default="edge-llm", help="(default: edge-llm)")
     add("--src", type=name, default=default_src(hostname), help="the sender's name (default: %(default)s)")
     add("--id", type=name, default=secrets.token_hex(8), help="repeat it to get the same answer, not a new run")
-    add("--host", default="127.0.0.1", help="the broker (default: this machine)")
+    add("--host", type=host, default="127.0.0.1", help="the broker (default: this machine)")
     add("--port", type=port, help="(default: 1883, with TLS 8883)")
     add("--username")
     add("--password-file", type=Path, metavar="FILE")
@@ -439,6 +456,17 @@ def topic_part(text: str) -> str:
     """Levels of a topic."""
     if not text or set(text) & set("+#\0"):
         raise argparse.ArgumentTypeError("must not be empty and must not contain + or #")
+    return text
+
+
+def host(text: str) -> str:
+    """A host's name or address, of which a name server could be asked."""
+    try:
+        labels = text.encode("idna")
+    except UnicodeError:
+        labels = b""
+    if not labels:
+        raise argparse.ArgumentTypeError("use a host name or an address")
     return text
 
 
