@@ -22,7 +22,7 @@ from typing import Any, Self
 from edge_daemon.config import Config, load, mqtt_password
 from edge_daemon.errors import EdgeError, OllamaDown
 from edge_daemon.messages import Priority, compact
-from edge_daemon.mqtt_bridge import Device, Received
+from edge_daemon.mqtt_connection import Device, Received
 from edge_daemon.ollama import Ollama
 from edge_daemon.systemd import printable
 
@@ -32,6 +32,10 @@ SILENCE_S = 300.0
 """Without a new answer for so long the demo gives up."""
 GRACE_S = 2.0
 LOOK_S = 0.25
+ONE_CONNECTION = (
+    "the broker allows one connection per user (use_username_as_clientid), and the demo needs two: "
+    "try another listener of it, with --config"
+)
 LINE_S = 1.0
 """Between two lines of progress where they cannot be overwritten."""
 
@@ -148,13 +152,15 @@ def run_real(path: Path | None) -> int:
     """Run the demo on the broker and the Ollama of the configuration; returns 0 when every task succeeded, else 1.
 
     Raises:
-        EdgeError: the broker or Ollama does not answer, no model can generate, or it came to no end.
+        EdgeError: the broker or Ollama does not answer, the broker bears one connection only, no model can generate,
+            or it came to no end.
     """
-    config = load(path, {"node": f"demo-{secrets.token_hex(3)}", "mqtt.client_id": None})
+    # Without HTTP: the port is the service's, which may well be running.
+    config = load(path, {"node": f"demo-{secrets.token_hex(3)}", "mqtt.client_id": None, "http.enabled": False})
     models = _smallest_models(config)
     _check_broker(config)
     try:
-        return _run(config, models, ["--config", str(path)] if path else [])
+        return _run(config, models, ["--no-http", *(["--config", str(path)] if path else [])])
     finally:
         with suppress(OSError):
             _clear_retained(config)
@@ -180,9 +186,13 @@ def _smallest_models(config: Config) -> list[str]:
 
 
 def _check_broker(config: Config) -> None:
+    """It must bear two connections, the daemon's and ours."""
     try:
-        with _device(config):
-            pass
+        with _device(config) as ours, _device(config):
+            try:
+                ours.get(LOOK_S)
+            except ConnectionError:
+                raise EdgeError(ONE_CONNECTION) from None
     except OSError as error:
         raise EdgeError(str(error)) from None
 

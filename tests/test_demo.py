@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,10 +17,11 @@ import pytest
 from edge_daemon import cli, demo
 from edge_daemon.embedded import start_ollama
 from edge_daemon.messages import Priority, compact
-from edge_daemon.mqtt_bridge import Received
+from edge_daemon.mqtt_connection import Received
 from tests.embedded.needs_models import GEMMA3, SMOLLM2, need_model
-from tests.mosquitto import Mosquitto, free_port
+from tests.mosquitto import Mosquitto
 from tests.mqtt_client import MqttClient
+from tests.ports import free_port
 from tests.processes import marked, new_mark
 from tests.waiting import wait_until
 
@@ -62,9 +64,8 @@ class Demo:
 
 
 @pytest.fixture
-def run_demo(tmp_path: Path) -> Iterator[Callable[..., Demo]]:
+def run_demo(tmp_path: Path, interruptible: None) -> Iterator[Callable[..., Demo]]:
     """Start the demo; whatever is left of it at the end is killed."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has those in the background ignore it
     runs: list[Demo] = []
 
     def start(*arguments: str) -> Demo:
@@ -72,7 +73,6 @@ def run_demo(tmp_path: Path) -> Iterator[Callable[..., Demo]]:
         return runs[-1]
 
     yield start
-    signal.signal(signal.SIGINT, before)
     for run in runs:
         run.process.kill()
         run.process.communicate()
@@ -144,9 +144,10 @@ def test_the_demo_on_ones_own_broker(
 ) -> None:
     """With --real the configured broker and Ollama do the work, and nothing stays on the broker."""
     broker = new_mosquitto()
-    with start_ollama(tmp_path / "ollama") as ollama:
+    with start_ollama(tmp_path / "ollama") as ollama, socket.create_server(("127.0.0.1", 0)) as service:
         config = tmp_path / "config.json"
-        config.write_text(json.dumps({"mqtt": {"port": broker.port}, "ollama": {"url": ollama.url}}))
+        http = {"enabled": True, "port": service.getsockname()[1]}  # the service has it
+        config.write_text(json.dumps({"mqtt": {"port": broker.port}, "ollama": {"url": ollama.url}, "http": http}))
         run = run_demo("--real", "--config", str(config))
         status, out = run.end()
     assert status == 0, out
@@ -173,6 +174,23 @@ def test_real_without_a_broker_or_ollama(
     err = capsys.readouterr().err
     assert ("Ollama does not answer" if reachable == "neither" else f"127.0.0.1:{port} does not answer") in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.broker
+def test_real_where_a_user_has_one_connection(
+    new_mosquitto: Callable[..., Mosquitto],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A broker that ends the daemon's connection for ours is told by the setting that does it."""
+    broker = new_mosquitto(users={"u": "secret"}, extra="use_username_as_clientid true")
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"mqtt": {"port": broker.port, "username": "u"}}))
+    monkeypatch.setenv("EDGE_LLM_MQTT_PASSWORD", "secret")
+    monkeypatch.setattr(demo, "_smallest_models", lambda config: ["small:1b"])
+    assert cli.main(["demo", "--real", "--config", str(config)]) == 1
+    assert "use_username_as_clientid" in capsys.readouterr().err
 
 
 # -- the parts -------------------------------------------------------------------------------------------------------

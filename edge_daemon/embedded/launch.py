@@ -127,7 +127,7 @@ def _broker_program(kind: BrokerKind | None) -> tuple[BrokerKind, list[str]]:
         return "mosquitto", ["--mosquitto", program]
     if kind != "mosquitto" and importlib.util.find_spec("amqtt"):
         return "amqtt", ["--amqtt"]
-    raise EmbeddedError("no MQTT broker: apt-get install mosquitto, or pip install 'edge-llm[embedded]'")
+    raise EmbeddedError("no MQTT broker: apt install mosquitto, or in a clone, pip install '.[embedded]'")
 
 
 def _free_port(port: int) -> int:

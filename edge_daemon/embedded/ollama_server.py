@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_daemon.embedded.cancellation import Cancelled, HangupWatch
-from edge_daemon.embedded.catalogue import Model, load_catalogue
+from edge_daemon.embedded.catalogue import Model, check_llama_cpp, load_catalogue
 from edge_daemon.embedded.completion import Completions, Shape, in_message, in_response, line, merged
 from edge_daemon.embedded.errors import EmbeddedError
 from edge_daemon.embedded.names import canonical_name
@@ -302,7 +302,7 @@ def _shown(model: Model) -> Json:
     parameters = [*numbers, *(f"stop {json.dumps(text)}" for text in manner.stop)]
     return {
         "license": manner.license,
-        "modelfile": f"FROM {model.path}\nSYSTEM {manner.system}\n",
+        "modelfile": f"FROM sha256-{model.digest}\nSYSTEM {manner.system}\n",
         "parameters": "\n".join(parameters),
         "system": manner.system,
         "template": model.template,
@@ -344,6 +344,7 @@ def main() -> None:
 
 def _serve(arguments: argparse.Namespace, stop: threading.Event) -> None:
     models = load_catalogue(arguments.data_dir, arguments.alias)
+    check_llama_cpp()
     residency = Residency(
         max_loaded=arguments.max_loaded, max_queue=arguments.max_queue, keep_alive_s=arguments.keep_alive
     )

@@ -1,6 +1,7 @@
 """The embedded broker: a real mosquitto or amqtt, and real MQTT clients."""
 
 import socket
+import struct
 from pathlib import Path
 
 import psutil
@@ -33,6 +34,32 @@ def test_messages_pass_at_qos_1(kind: BrokerKind, tmp_path: Path) -> None:
             client.subscribe("a/#", qos=1)
             client.publish("a/b", "hello", qos=1)
             assert client.wait_for_topic("a/b").text == "hello"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_client_gets_only_what_it_subscribed_to(kind: BrokerKind, tmp_path: Path) -> None:
+    """The retained messages of somebody else's subscription do not come to a client that connects later."""
+    version = V5 if kind == "mosquitto" else V311
+    with start(kind, tmp_path) as broker, MqttClient(broker.host, broker.port, version=version) as daemon:
+        daemon.subscribe("availability", qos=1)
+        daemon.publish("availability", "online", qos=1, retain=True)
+        daemon.publish("answer", "4", qos=1, retain=True)
+        with MqttClient(broker.host, broker.port, version=version) as client:
+            client.subscribe("answer", qos=1)
+            assert client.wait_for_topic("answer").text == "4"
+            assert [message.topic for message in client.messages] == ["answer"]
+
+
+def test_a_client_of_another_protocol_leaves_no_traceback(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """MQTT 5 is refused by amqtt, also when the client has hung up before it could be told."""
+    connect = bytes.fromhex("100d00044d5154540502003c00000000")
+    with start("amqtt", tmp_path) as broker:
+        with socket.create_connection((broker.host, broker.port)) as hasty:
+            hasty.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            hasty.sendall(connect)
+        with MqttClient(broker.host, broker.port, version=V311) as client:
+            client.subscribe("a", qos=1)
+    assert "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -91,5 +118,5 @@ def test_without_any_broker_the_error_says_what_to_install(tmp_path: Path, monke
     """Neither mosquitto nor amqtt at hand: one sentence tells how to get one."""
     monkeypatch.setattr("shutil.which", lambda *_args, **_options: None)
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
-    with pytest.raises(EmbeddedError, match=r"apt-get install mosquitto.*edge-llm\[embedded\]"):
+    with pytest.raises(EmbeddedError, match=r"apt install mosquitto.*\[embedded\]"):
         start_broker(0, tmp_path)

