@@ -10,7 +10,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import accept, dispatch, footprint, latency, policy, real, through_mqtt, urgent
+from benchmarks import (
+    accept,
+    breaker,
+    dispatch,
+    footprint,
+    idle,
+    latency,
+    policy,
+    real,
+    report,
+    start,
+    through_mqtt,
+    urgent,
+)
 from benchmarks.table import Line, summary
 
 
@@ -33,6 +46,10 @@ BENCHES: Mapping[str, Bench] = {
     "accept": Bench(accept.run),
     "mqtt": Bench(through_mqtt.run),
     "dispatch": Bench(dispatch.run),
+    "report": Bench(report.run, full=5, short=3),
+    "breaker": Bench(breaker.run, full=3, short=None),
+    "start": Bench(start.run, short=9),
+    "idle": Bench(idle.run, full=10, short=None),  # so many minutes
     "urgent": Bench(urgent.run, full=25, short=None),
     "real": Bench(real.run, full=3, short=None),
 }
@@ -44,6 +61,7 @@ def main() -> None:
     """Run what was asked for and print it line by line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--full", action="store_true", help="everything, and more repetitions")
+    parser.add_argument("--minutes", type=int, help="of idle; default: 10")
     known = ", ".join((*BENCHES, *TABLES))
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {known}; without a name, all that are quick")
     options = parser.parse_args()
@@ -54,6 +72,8 @@ def main() -> None:
     if not names:
         names = [*BENCHES, *TABLES] if options.full else quick
     repetitions = {name: BENCHES[name].repetitions(full=options.full) for name in names if name in BENCHES}
+    if options.minutes and "idle" in repetitions:
+        repetitions["idle"] = options.minutes
     if repetitions:
         _measure(repetitions)
     for name in names:

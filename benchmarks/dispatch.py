@@ -25,7 +25,9 @@ MODELS = tuple(f"model-{number}:latest" for number in range(8))
 SIZE_BYTES = 10**9
 COSTS = {model: Cost(load_s=10.0, size_bytes=SIZE_BYTES, run_s=5.0, rate_per_s=0.01) for model in MODELS}
 RESIDENT = tuple(Resident(model=model, size_bytes=SIZE_BYTES, idle_s=1.0) for model in MODELS[:2])
-TURN = Turn(model=MODELS[0], used_s=20.0, picks=4, load_s=10.0, recent=MODELS[:2])
+TURN = Turn(
+    model=MODELS[0], used_s=20.0, picks=4, load_s=10.0, number=1, served=tuple((model, 1) for model in MODELS[:2])
+)
 FLAT = at_most(1.5)
 FILL = 1000
 """Tasks that are laid in together before the clock runs."""

@@ -33,7 +33,7 @@ def run(directory: Path, repetitions: int) -> list[Line]:
     with rig.broker(directory) as port, rig.ollama({"name": "small"}) as url:
         for _ in range(repetitions + 1):
             ours.append(_daemon(directory, port, url))
-            theirs.append(_interpreter(modules))
+            theirs.append(interpreter(modules))
     against = f"an interpreter that imports the same {len(modules)} modules"
     return [
         Line(
@@ -71,16 +71,18 @@ def _daemon(directory: Path, port: int, url: str) -> tuple[int, float]:
     ):
         watcher.subscribe(f"{rig.TOPICS}/telemetry")
         watcher.wait_for(f"{rig.TOPICS}/telemetry")
-        size_bytes = _rss(process)
+        size_bytes = rss(process)
         rig.stop(process)
     return size_bytes, ready_s
 
 
-def _interpreter(modules: list[str]) -> tuple[int, float]:
+def interpreter(modules: list[str]) -> tuple[int, float]:
+    """The memory of an interpreter that has imported ``modules``, in bytes, and the seconds that it took to start."""
     with rig.announced(rig.python("-c", INTERPRETER, *modules)) as (process, ready_s):
-        return _rss(process), ready_s
+        return rss(process), ready_s
 
 
-def _rss(process: subprocess.Popen[bytes]) -> int:
+def rss(process: subprocess.Popen[bytes]) -> int:
+    """Its memory in bytes."""
     size_bytes: int = psutil.Process(process.pid).memory_info().rss
     return size_bytes
