@@ -3,18 +3,20 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Mapping
-from contextlib import closing
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 from tests.mosquitto import Mosquitto
-from tests.mqtt_client import MqttClient, Received
+from tests.mqtt_client import TIMEOUT_S, MqttClient, Received
 from tests.waiting import wait_until
 
 NODE = "n"
@@ -37,6 +39,7 @@ class Row:
     state: str
     attempt: int
     sent: int
+    prompt: str | None
     result: dict[str, Any] | None
 
 
@@ -71,7 +74,8 @@ class DaemonProcess:
         self._process: subprocess.Popen[bytes] | None = None
         address = {"host": broker.host, "port": port or broker.port}
         outer = {"node": NODE, "data_dir": str(self.data_dir), "mqtt": address, "ollama": {"url": ollama_url}}
-        self._config.write_text(json.dumps(_laid_over(_laid_over(SECTIONS, outer), settings)), encoding="utf-8")
+        self._settings = _laid_over(_laid_over(SECTIONS, outer), settings)
+        self.configure()
 
     def __enter__(self) -> Self:
         self.start()
@@ -86,8 +90,8 @@ class DaemonProcess:
         assert self._process is not None, "not running"
         return self._process.pid
 
-    def start(self, *, ready: bool = True) -> None:
-        """Start; with `ready` and a mosquitto, return once it has taken our subscriptions."""
+    def start(self, *, ready: bool = True, env: Mapping[str, str] | None = None) -> None:
+        """Start, with more in its environment; with `ready` and a mosquitto, return once it has our subscriptions."""
         ready = ready and isinstance(self.broker, Mosquitto)
         before = self.subscriptions() if ready else 0
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
@@ -97,7 +101,7 @@ class DaemonProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, "PYTHONPATH": path, **self._env},
+                env={**os.environ, "PYTHONPATH": path, **self._env, **(env or {})},
             )
         if ready:
             self.wait_ready(before)
@@ -109,7 +113,7 @@ class DaemonProcess:
             assert self.is_alive(), f"the daemon has ended:\n{self.log()}"
             return self.subscriptions() > before
 
-        wait_until(subscribed, timeout_s=20)
+        wait_until(subscribed, timeout_s=60)
 
     def subscriptions(self) -> int:
         """How often mosquitto has taken our subscriptions."""
@@ -123,6 +127,14 @@ class DaemonProcess:
         """Whether the process still runs."""
         return self._process is not None and self._process.poll() is None
 
+    def configure(self, **settings: Any) -> None:
+        """Write `config.yaml` as it was at first, with these settings laid over."""
+        self.write_config(json.dumps(_laid_over(self._settings, settings)))
+
+    def write_config(self, text: str) -> None:
+        """Write `config.yaml` as it may be, right or wrong; a daemon that runs is not told."""
+        self._config.write_text(text, encoding="utf-8")
+
     def signal(self, number: signal.Signals) -> None:
         """Send it a signal."""
         assert self._process is not None, "not running"
@@ -135,12 +147,12 @@ class DaemonProcess:
             process.kill()
             process.wait(10)
 
-    def stop(self, timeout_s: float = 20.0) -> int:
+    def stop(self, timeout_s: float = 40.0) -> int:
         """Stop it in an orderly way and return its exit status."""
         self.signal(signal.SIGTERM)
         return self.wait(timeout_s)
 
-    def wait(self, timeout_s: float = 20.0) -> int:
+    def wait(self, timeout_s: float = 40.0) -> int:
         """Return its exit status once it has ended."""
         assert self._process is not None, "not running"
         try:
@@ -169,11 +181,26 @@ class DaemonProcess:
 
     def stored(self) -> list[Row]:
         """The tasks in the queue file; only while the daemon does not run, since it locks the file."""
-        assert not self.is_alive(), "the queue file is locked"
-        columns = "seq, src, id, state, attempt, sent, result"
-        with closing(sqlite3.connect(self.data_dir / "queue.db")) as db:
+        columns = "seq, src, id, state, attempt, sent, task ->> 'prompt' AS prompt, result"
+        with self._copied() as db:
+            db.row_factory = sqlite3.Row
             rows = db.execute(f"SELECT {columns} FROM tasks ORDER BY seq").fetchall()  # noqa: S608
-        return [Row(**dict(zip(columns.split(", "), row, strict=True)) | {"result": _parsed(row[-1])}) for row in rows]
+        return [Row(**dict(row) | {"result": _parsed(row["result"])}) for row in rows]
+
+    def integrity(self) -> str:
+        """What SQLite says of the queue file, as a kill or a stop has left it: `ok`, or what is wrong."""
+        with self._copied() as db:
+            return str(db.execute("PRAGMA integrity_check").fetchone()[0])
+
+    @contextmanager
+    def _copied(self) -> Iterator[sqlite3.Connection]:
+        """A copy of the queue file: to open the file itself would tidy up what the daemon is to find."""
+        assert not self.is_alive(), "the queue file is locked"
+        with tempfile.TemporaryDirectory() as directory:
+            for path in self.data_dir.glob("queue.db*"):
+                shutil.copy(path, directory)
+            with closing(sqlite3.connect(Path(directory) / "queue.db")) as db:
+                yield db
 
     def _broker_log(self) -> str:
         assert isinstance(self.broker, Mosquitto), "only mosquitto tells"
@@ -204,13 +231,13 @@ class Watcher(MqttClient):
         """What went to the reply topics of `src` so far."""
         return [m for m in self.messages if m.topic.startswith(f"{N}/reply/{src}/") and m.topic.endswith(f"/{kind}")]
 
-    def result(self, src: str, task_id: str | None = None, timeout_s: float = 10.0) -> Any:
+    def result(self, src: str, task_id: str | None = None, timeout_s: float = TIMEOUT_S) -> Any:
         """The terminal result of a task of `src`, once it is there."""
         end = f"/{task_id}/result" if task_id else "/result"
         found = self.wait_for(lambda m: m.topic.startswith(f"{N}/reply/{src}/") and m.topic.endswith(end), timeout_s)
         return found.json
 
-    def running(self, src: str, timeout_s: float = 10.0) -> None:
+    def running(self, src: str, timeout_s: float = TIMEOUT_S) -> None:
         """Return once a task of `src` has begun to run, for at least a few words."""
         self.wait_for(
             lambda m: m.topic.startswith(f"{N}/reply/{src}/") and m.topic.endswith("/stream") and b"text" in m.payload,

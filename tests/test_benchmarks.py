@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import accept, dispatch, footprint, latency, through_mqtt
+from benchmarks import accept, dispatch, footprint, idle, latency, report, start, through_mqtt
 from benchmarks.__main__ import BENCHES
 from benchmarks.table import Line, at_least, at_most, megabytes, milliseconds, per_second, summary
 from tests import needs
@@ -30,8 +30,10 @@ SMALLEST: dict[str, tuple[Callable[[Path, int], list[Line]], list[str]]] = {
         partial(dispatch.run, sizes=(50, 200), picks=2),
         ["decision alone, 200 waiting", "pick, claim and finish, 200 waiting", "pick, claim and finish, 200 waiting"],
     ),
+    "start": (partial(start.run, size=50), ["start to READY=1, 50 waiting"]),
+    "report": (partial(report.run, rows=500), ["report", "report", "report, memory"]),
 }
-ON_A_BROKER = {"footprint", "latency", "mqtt"}
+ON_A_BROKER = {"footprint", "latency", "mqtt", "start"}
 
 
 def line(*ours: float, aim: float | None = 2.0) -> Line:
@@ -60,6 +62,18 @@ def test_bench(name: str, tmp_path: Path) -> None:
         assert min(*found.ours, *found.theirs) > 0
         assert found.name in str(found)
         assert f"{found.ratio:.2f}" in str(found)
+
+
+@pytest.mark.broker
+def test_idle(tmp_path: Path) -> None:
+    """The long measurement, shortened: it sees the wake-ups of both, and no more fsyncs than rows of telemetry."""
+    needs.tool("mosquitto", package="mosquitto")
+    needs.tool("strace", package="strace")
+    memory, switches, beside, syncs = idle.run(tmp_path, 0.03, settled_s=0.5, interval_s=1)
+    assert memory.ours[0] > memory.theirs[0] > 1e6
+    assert switches.ours == beside.ours
+    assert min(*beside.ours, *beside.theirs) > 0
+    assert syncs.ours[0] <= syncs.theirs[0]
 
 
 def test_every_bench_is_tried_here() -> None:

@@ -1,10 +1,10 @@
 """The whole daemon as a process, on a real mosquitto and a model server that can be made to fail, in both MQTTs."""
 
 import json
+import math
 import resource
 import signal
 import subprocess
-import threading
 import time
 import zlib
 from collections import Counter
@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
-from edge_daemon.config import Config
+from edge_daemon.config import Config, Models, ModelSettings, load
 from edge_daemon.embedded import start_broker
-from edge_daemon.main import SILENCE_S, Daemon
+from edge_daemon.main import BUSY_LOOK_S, GOODBYE_S, IDLE_LOOK_S, SILENCE_S, Daemon, _Ending, _Pulse
+from edge_daemon.steps import CRASH_STATUS
 from tests import needs
 from tests.conftest import NewMosquitto
 from tests.daemon import NODE, DaemonProcess, N, Watcher
@@ -282,68 +283,7 @@ def asked(ollama: FakeOllama, prompt: str) -> int:
     return sum(prompt in json.dumps(seen.body) for seen in ollama.asked("/api/chat"))
 
 
-# -- bad input -------------------------------------------------------------------------------------------------------
-
-
-def _deep(depth: int) -> str:
-    return '{"prompt": "x", "meta": ' + "[" * depth + "]" * depth + "}"
-
-
-BAD: dict[str, tuple[str, bytes | str]] = {
-    "broken": ("invalid_json", '{"prompt": "x"'),
-    "single quotes": ("invalid_json", "{'prompt': 'x'}"),
-    "NaN": ("invalid_json", '{"prompt": "x", "ttl_s": NaN}'),
-    "infinite": ("invalid_json", '{"prompt": "x", "ttl_s": 1e400}'),
-    "long integer": ("invalid_json", '{"prompt": "x", "ttl_s": ' + "9" * 5000 + "}"),
-    "duplicate keys": ("invalid_json", '{"prompt": "x", "prompt": "y"}'),
-    "deep": ("invalid_json", _deep(10_000)),
-    "deep objects": ("invalid_json", '{"a":' * 10_000 + "1" + "}" * 10_000),
-    "seventeen deep": ("invalid_json", _deep(17)),
-    "surrogate": ("invalid_json", '{"prompt": "\\ud800"}'),
-    "two documents": ("invalid_json", '{"prompt": "x"} {"prompt": "y"}'),
-    "latin 1": ("invalid_utf8", b'{"prompt": "\xe9"}'),
-    "plain latin 1": ("invalid_utf8", b"caf\xe9"),
-    "byte order mark": ("invalid_utf8", b"\xef\xbb\xbfhello"),
-    "surrogate in UTF-8": ("invalid_utf8", b'{"prompt": "\xed\xa0\x80"}'),
-    "2 MB": ("too_large", "x" * 2_000_000),
-    "2 MB of JSON": ("too_large", '{"prompt": "' + "x" * 2_000_000 + '"}'),
-    "unknown model": ("unknown_model", '{"prompt": "x", "model": "no-such-model"}'),
-    "priority": ("invalid_field", '{"prompt": "x", "priority": true}'),
-    "num_ctx": ("invalid_field", '{"prompt": "x", "options": {"num_ctx": 8192}}'),
-    "empty prompt": ("invalid_field", '{"prompt": ""}'),
-    "blank text": ("invalid_field", "  \n"),
-    "bad id": ("invalid_field", '{"prompt": "x", "id": "../../etc"}'),
-    "boolean ttl": ("invalid_field", '{"prompt": "x", "ttl_s": true}'),
-    "expired": ("expired_on_arrival", '{"prompt": "x", "ttl_s": 0}'),
-    "elsewhere": ("forbidden_reply_topic", '{"prompt": "x", "reply_to": "home/lock/set"}'),
-    "another's tree": ("forbidden_reply_topic", '{"prompt": "x", "reply_to": "edge-llm/n/reply/other/1/result"}'),
-    "plus": ("forbidden_reply_topic", '{"prompt": "x", "reply_to": "reply/+/x"}'),
-    "hash": ("forbidden_reply_topic", '{"prompt": "x", "reply_to": "reply/#"}'),
-    "NUL": ("forbidden_reply_topic", '{"prompt": "x", "reply_to": "reply/a\\u0000b"}'),
-    "dollar": ("forbidden_reply_topic", '{"prompt": "x", "reply_to": "$SYS/broker"}'),
-    "control": ("forbidden_reply_topic", '{"prompt": "x", "reply_to": "$CONTROL/dynamic-security/v1"}'),
-    "empty topic": ("forbidden_reply_topic", '{"prompt": "x", "reply_to": ""}'),
-    "number as topic": ("forbidden_reply_topic", '{"prompt": "x", "reply_to": 5}'),
-    "many levels": ("forbidden_reply_topic", '{"prompt": "x", "reply_to": "reply/' + "a/" * 200 + 'a"}'),
-    "long topic": ("forbidden_reply_topic", '{"prompt": "x", "reply_to": "reply/' + "a" * 65_000 + '"}'),
-}
-
-
-def test_bad_input_is_refused(lab: Lab, src: str) -> None:
-    """Every bad input gets exactly one terminal result with its code; a good task sent right after is answered."""
-    for index, (_, payload) in enumerate(BAD.values()):
-        lab.client.publish(f"{N}/task/{src}-{index}", payload)
-        lab.client.publish(f"{N}/task/{src}-{index}/good", "a good one")
-    lab.client.publish(f"{N}/task/{src}/last", "the last one")
-    lab.client.result(src, "last", timeout_s=20)
-    results = [[m.json for m in lab.client.of(f"{src}-{index}", "result")] for index in range(len(BAD))]
-    told = {
-        name: [(result["state"], result["error"] and result["error"]["code"]) for result in of_one]
-        for name, of_one in zip(BAD, results, strict=True)
-    }
-    assert told == {name: [("rejected", code), ("succeeded", None)] for name, (code, _) in BAD.items()}
-    assert lab.daemon.connections() == 1
-    assert lab.daemon.is_alive()
+# -- bad input; all the rest of it is in tests/faults/test_bad_input.py ------------------------------------------------
 
 
 def test_another_task_under_a_used_id(lab: Lab, src: str) -> None:
@@ -357,24 +297,6 @@ def test_another_task_under_a_used_id(lab: Lab, src: str) -> None:
     lab.client.publish(f"{N}/task/{src}/d", "the first")
     wait_until(lambda: len(lab.client.of(src, "result")) == 3)
     assert lab.client.of(src, "result")[2].json == first
-
-
-def test_bad_properties_are_refused(lab: Lab, src: str) -> None:
-    """On MQTT 5 a bad property is refused like a bad field, and a response topic elsewhere gets nothing."""
-    if lab.protocol == "3.1.1":
-        pytest.skip("MQTT 3.1.1 has no properties")
-    cases: dict[str, dict[str, Any]] = {
-        "invalid_json": {"ContentType": "application/json"},
-        "forbidden_reply_topic": {"ResponseTopic": f"{N}/availability"},
-        "invalid_field": {"UserProperty": [("priority", "very")]},
-        "expired_on_arrival": {"UserProperty": [("ttl_s", "0")]},
-    }
-    for code, properties in cases.items():
-        lab.client.publish(f"{N}/task/{src}/{code}", "text", properties=properties)
-    for code in cases:
-        result = lab.client.result(src, code)
-        assert (result["state"], result["error"]["code"]) == ("rejected", code)
-    assert lab.daemon.connections() == 1
 
 
 def test_a_retained_task_on_mqtt_5(lab: Lab, src: str) -> None:
@@ -444,6 +366,7 @@ def test_telemetry(lab: Lab) -> None:
     parts = {"cpu", "memory", "load", "temperature_c", "throttling", "disk", "network", "ollama", "daemon"}
     assert parts | {"seq", "ts", "boot", "clock_synced"} == second.json.keys()
     assert second.json["ollama"]["reachable"]
+    assert second.json["ollama"]["version"] == "0.33.0"
     assert second.json["memory"]["available_bytes"] > 0
     assert {"rss_bytes", "cpu_s", "queue_depth", "outbox"} <= second.json["daemon"].keys()
 
@@ -539,7 +462,7 @@ def test_ollama_killed_in_mid_generation(new_daemon: NewDaemon, broker: Mosquitt
 def test_killed_before_the_acknowledgement(
     new_daemon: NewDaemon, broker: Mosquitto, ollama: FakeOllama, protocol: str
 ) -> None:
-    """A task that was stored, but not yet acknowledged when the daemon was killed, is run once and answered once."""
+    """A task that was stored, but not acknowledged when the daemon was killed, stays one task when it comes again."""
     with Relay(broker.port) as relay, Watcher(broker) as client:
         daemon = new_daemon(protocol, port=relay.port)
         with daemon:
@@ -555,13 +478,33 @@ def test_killed_before_the_acknowledgement(
             client.publish(f"{N}/task/door/last", "mark")
             client.result("door", "last")
             assert daemon.stop() == 0
-    results = [m.json for m in client.of("door", "result")]
+    # A result that was out before the broker gave its task again may come twice, as it was.
+    results = {json.dumps(m.json, sort_keys=True): m.json for m in client.of("door", "result")}.values()
     assert [(r["state"], r["id"] in ("own", "last")) for r in results] == [
         ("succeeded", False),
         ("succeeded", True),
         ("succeeded", True),
     ]
     assert len(daemon.stored()) == 3
+
+
+def test_killed_among_equal_texts(new_daemon: NewDaemon, broker: Mosquitto, protocol: str) -> None:
+    """Equal texts without an id that were sent to a daemon, of which some are stored at its end, are each run once."""
+    texts = 60
+    daemon = new_daemon(protocol)
+    with daemon:
+        assert daemon.stop() == 0
+        with Watcher(broker) as client:
+            for _ in range(texts):
+                client.publish(f"{N}/task/door", "is it hot?")
+            daemon.start(ready=False, env={"EDGE_LLM_CRASH_AT": "puback_handed_over:10"})
+            assert daemon.wait() == CRASH_STATUS
+            daemon.start()
+            wait_until(lambda: len({m.topic for m in client.of("door", "result")}) >= texts, 30)
+            client.publish(f"{N}/task/door/last", "mark")
+            client.result("door", "last")
+            assert daemon.stop() == 0
+    assert len(daemon.stored()) == texts + 1
 
 
 @pytest.mark.parametrize("reached", [False, True], ids=["before the result is out", "before it is confirmed"])
@@ -577,8 +520,8 @@ def test_killed_around_the_publication(
         daemon = new_daemon(protocol, port=relay.port)
         with daemon:
             client.publish(f"{N}/task/door/1", "the question")
-            client.publish(f"{N}/task/door/2", {"prompt": "x", "model": "slower", "stream": True})
             client.result("door", "1")
+            client.publish(f"{N}/task/door/2", {"prompt": "x", "model": "slower", "stream": True})
             client.running("door")
             (relay.hold_incoming if reached else relay.hold_outgoing)()
             ollama["slower"].token_s = 0.0
@@ -635,15 +578,16 @@ def test_the_will(new_daemon: NewDaemon, broker: Mosquitto, protocol: str) -> No
     daemon = new_daemon(protocol)
     availability = f"{N}/availability"
     with daemon:
-        daemon.kill()
         with Watcher(broker) as client:
+            client.wait_for(lambda m: (m.topic, m.text) == (availability, "online"))
             began = time.monotonic()
-            client.wait_for(lambda m: (m.topic, m.text) == (availability, "offline"), timeout_s=15)
+            daemon.kill()
+            client.wait_for(lambda m: (m.topic, m.text) == (availability, "offline"), timeout_s=20)
             waited_s = time.monotonic() - began
         daemon.start()
         with Watcher(broker) as client:
             client.wait_for(lambda m: (m.topic, m.text) == (availability, "online"))
-    assert waited_s < 2 if protocol == "3.1.1" else 4 < waited_s < 12
+    assert waited_s < 4 if protocol == "3.1.1" else waited_s > 4
 
 
 def test_one_daemon_per_directory(new_daemon: NewDaemon) -> None:
@@ -673,14 +617,14 @@ def test_a_disk_that_is_broken(new_daemon: NewDaemon, broker: Mosquitto) -> None
 
 
 def test_a_stop_when_idle(new_daemon: NewDaemon, broker: Mosquitto, protocol: str) -> None:
-    """SIGTERM ends an idle daemon with 0 within two seconds, stopped and offline, its models unloaded."""
+    """SIGTERM ends an idle daemon with 0 and waits for nothing, stopped and offline, its models unloaded."""
     daemon = new_daemon(protocol)
     with Watcher(broker) as client, daemon:
         client.publish(f"{N}/task/door/1", "load something")
         client.result("door", "1")
         began = time.monotonic()
         assert daemon.stop() == 0
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < GOODBYE_S / 2
         with Watcher(broker) as late:
             assert late.wait_for_topic(f"{N}/availability").text == "offline"
             assert late.wait_for_topic(f"{N}/state").json["state"] == "stopped"
@@ -726,7 +670,7 @@ def test_a_stop_sets_a_task_back(
             client.wait_for(lambda m: m.topic == f"{N}/state" and m.json["state"] == "draining")
             daemon.signal(signal.SIGTERM)
         assert daemon.wait() == 0
-        assert time.monotonic() - began < 4
+        assert time.monotonic() - began < 8
         assert client.of("door", "result") == []
         assert [(row.state, row.attempt) for row in daemon.stored()] == [("queued", 0)]
         ollama["slower"].token_s = 0.0
@@ -749,20 +693,81 @@ class _Thread:
         return self.alive
 
 
-def test_a_dead_or_silent_thread_is_noticed(tmp_path: Path) -> None:
+def test_a_dead_or_silent_thread_is_noticed() -> None:
     """A thread that has ended, or has shown no sign of life for too long, is a failure; a beating one is not."""
     clock = FakeClock()
-    daemon = Daemon(Config(node=NODE, data_dir=tmp_path), clock=clock)
     thread = _Thread()
-    beats: dict[Any, tuple[int, float]] = {thread: (-1, 0.0)}
-    assert daemon._failed_thread(beats) is None
-    clock.advance(SILENCE_S)
-    thread.beats += 1
-    assert daemon._failed_thread(beats) is None
-    clock.advance(SILENCE_S + 1)
-    assert daemon._failed_thread(beats) == "thread worker hangs"
+    pulse = _Pulse([thread], clock=clock)
+    for _ in range(5):
+        clock.advance(IDLE_LOOK_S)
+        thread.beats += 1
+        assert pulse.failure(IDLE_LOOK_S) is None
+    while clock.monotonic() <= 1_000 + 5 * IDLE_LOOK_S + SILENCE_S:
+        assert pulse.failure(IDLE_LOOK_S) is None
+        clock.advance(IDLE_LOOK_S)
+    assert pulse.failure(IDLE_LOOK_S) == _Ending(failure="thread worker hangs", culprit=thread)
     thread.alive = False
-    assert daemon._failed_thread(beats) == "thread worker has ended"
+    assert pulse.failure(IDLE_LOOK_S) == _Ending(failure="thread worker has ended", culprit=thread)
+
+
+def test_a_pause_of_all_is_no_silence_of_one() -> None:
+    """After a suspend main may run before the others: their silence counts anew, and one that goes on is noticed."""
+    clock = FakeClock()
+    thread = _Thread()
+    pulse = _Pulse([thread], clock=clock)
+    assert pulse.failure(IDLE_LOOK_S) is None
+    clock.advance(10 * SILENCE_S)
+    looks = 0
+    while (failure := pulse.failure(IDLE_LOOK_S)) is None:
+        clock.advance(IDLE_LOOK_S)
+        looks += 1
+    assert failure.failure == "thread worker hangs"
+    assert looks > SILENCE_S / IDLE_LOOK_S
+
+
+def test_an_idle_daemon_wakes_up(new_daemon: NewDaemon, broker: Mosquitto) -> None:
+    """A task that comes after long quiet is at once shown as running, although main looks around seldom by then."""
+    daemon = new_daemon()
+    with Watcher(broker) as client, daemon:
+        client.wait_for(lambda m: m.topic == f"{N}/queue")
+        client.publish(f"{N}/task/door/t", {"model": "slow", "prompt": "x"})
+        client.wait_for(lambda m: m.topic == f"{N}/queue" and m.json["running"] is not None, timeout_s=IDLE_LOOK_S / 2)
+
+
+@pytest.mark.parametrize(("limit_us", "look_s"), [("4000000", 2.0), ("60000000", IDLE_LOOK_S), (None, IDLE_LOOK_S)])
+def test_the_watchdog_is_fed_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit_us: str | None, look_s: float
+) -> None:
+    """However seldom an idle daemon looks around, it does so twice within the time that systemd allows."""
+    monkeypatch.delenv("WATCHDOG_USEC", raising=False)
+    if limit_us:
+        monkeypatch.setenv("WATCHDOG_USEC", limit_us)
+    daemon = Daemon(Config(node=NODE, data_dir=tmp_path))
+    assert daemon._look_s() == look_s
+    daemon.store.close()
+
+
+@pytest.mark.parametrize(
+    ("models", "preloaded"),
+    [
+        (Models(default="a", defaults=ModelSettings(preload=True)), ["a:latest"]),
+        (Models(default="a", settings={"b": ModelSettings(preload=True), "a": ModelSettings()}), ["b:latest"]),
+        (Models(default="A", settings={"a:latest": ModelSettings(preload=True)}), ["a:latest"]),
+        (Models(default="a"), []),
+    ],
+)
+def test_what_is_preloaded(tmp_path: Path, models: Models, preloaded: list[str]) -> None:
+    """The listed models that are to be, and the default one where its settings or those of all say so, each once."""
+    daemon = Daemon(Config(node=NODE, data_dir=tmp_path, models=models))
+    assert daemon.worker._preload == preloaded
+    daemon.store.close()
+
+
+def test_ollama_on_another_machine(tmp_path: Path) -> None:
+    """Its memory is what the configuration says, more than this board has, and nothing that runs here takes of it."""
+    settings = {"node": NODE, "data_dir": tmp_path, "ollama.url": "http://192.0.2.1:11434"}
+    daemon = Daemon(load(None, settings | {"pool.memory_budget_bytes": 1 << 40}))
+    assert daemon.pool.limits.budget_bytes == daemon.pool.room_bytes() == 1 << 40
     daemon.store.close()
 
 
@@ -787,14 +792,16 @@ def test_a_broker_without_mqtt_5(tmp_path: Path, ollama: FakeOllama) -> None:
         client.wait_for(lambda m: (m.topic, m.text) == (f"{N}/availability", "offline"))
 
 
-def test_a_pause_of_the_process_is_no_signal(new_daemon: NewDaemon, broker: Mosquitto) -> None:
+def test_a_pause_of_the_process_is_no_signal(new_daemon: NewDaemon, broker: Mosquitto, ollama: FakeOllama) -> None:
     """A daemon that was stopped for longer than it waits for signals goes on as if nothing had been."""
     daemon = new_daemon()
     with Watcher(broker) as client, daemon:
         client.publish(f"{N}/task/pause/held", {"model": "slower", "prompt": "x", "stream": True})
         client.running("pause")  # while it is busy, it looks around every half second
         daemon.signal(signal.SIGSTOP)
-        threading.Event().wait(1.2)
+        (answer,) = ollama.asked("/api/chat")
+        before, words = answer.lines, math.ceil(2 * BUSY_LOOK_S / ollama["slower"].token_s)
+        wait_until(lambda: answer.lines > before + words)
         daemon.signal(signal.SIGCONT)
         client.publish(f"{N}/cancel/pause/held")
         assert client.result("pause", "held")["state"] == "cancelled"

@@ -5,15 +5,18 @@ import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import jsonschema
 import pandas as pd
 import psutil
 import pytest
 import requests
 
+from edge_daemon.config import Config
 from edge_daemon.embedded import OllamaChild, start_ollama
 from tests import needs
 from tests.conftest import NewMosquitto
@@ -133,6 +136,16 @@ def test_a_first_question(new_daemon: NewDaemon, broker: Mosquitto, client: Watc
     assert "4" in answer.stdout.decode()
 
 
+def test_a_prompt_longer_than_it_looks(new_daemon: NewDaemon, client: Watcher) -> None:
+    """Digits take more tokens than letters: what does not fit is refused by the model, not cut without a word."""
+    new_daemon()
+    numbers = " ".join(str(10_000 + 7 * number) for number in range(500))
+    client.publish(f"{N}/task/meter/t1", {"prompt": f"Remember 777. {numbers} What is the number to remember?"})
+    result = client.result("meter", "t1")
+    assert (result["state"], result["error"]["code"]) == ("failed", "bad_request")
+    assert "context" in result["error"]["message"]
+
+
 def test_two_models_and_a_schema(new_daemon: NewDaemon, client: Watcher) -> None:
     """Two models answer side by side, one of them in the form of a JSON schema; the prior system's payload works."""
     need_model(GEMMA3)
@@ -156,7 +169,23 @@ def test_two_models_and_a_schema(new_daemon: NewDaemon, client: Watcher) -> None
     assert "4" in prior["text"]
 
 
-# -- must show d -----------------------------------------------------------------------------------------------------
+def test_readings_become_something_to_act_on(new_daemon: NewDaemon, client: Watcher) -> None:
+    """Twenty readings of the shipped type `classify`, some as raw JSON by the name of the device, are answered."""
+    kind = Config().task_types["classify"]
+    assert kind.format is not None
+    new_daemon(task_types={"classify": asdict(kind) | {"topic_source": "kiln"}})
+    for number in range(20):
+        reading = {"temperature": 5 * number, "unit": "C"}
+        raw = number % 4 == 0
+        topic = f"{N}/task/{'kiln' if raw else 'oven'}/{number}"
+        client.publish(topic, reading | {"battery": 80} if raw else {"task_type": "classify", "data": reading})
+    for number in range(20):
+        result = client.result("oven" if number % 4 else "kiln", str(number), timeout_s=PATIENCE_S)
+        assert (result["state"], result["task_type"]) == ("succeeded", "classify")
+        jsonschema.validate(result["json"], kind.format)
+
+
+# -- memory ----------------------------------------------------------------------------------------------------------
 
 
 def test_unloading_is_real(new_daemon: NewDaemon, client: Watcher, ollama: OllamaChild) -> None:
@@ -185,7 +214,7 @@ def test_unloading_is_real(new_daemon: NewDaemon, client: Watcher, ollama: Ollam
     assert 1.5 < idle_s < 10
 
 
-# -- must show e -----------------------------------------------------------------------------------------------------
+# -- the log ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_log_over_a_restart(new_daemon: NewDaemon, client: Watcher) -> None:
@@ -217,7 +246,7 @@ def test_the_log_over_a_restart(new_daemon: NewDaemon, client: Watcher) -> None:
     assert tasks["prompt"].iloc[3] == 'What is 3+2?\nSay it, "in a word", please.'
 
 
-# -- must show g -----------------------------------------------------------------------------------------------------
+# -- what dies in mid-generation -------------------------------------------------------------------------------------
 
 
 def ended_once(daemon: DaemonProcess, client: Watcher, *, attempt: int) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 POLL_S = 0.01
 
 
-def wait_until(predicate: Callable[[], object], timeout_s: float = 10.0) -> None:
+def wait_until(predicate: Callable[[], object], timeout_s: float = 30.0) -> None:
     """Return as soon as `predicate()` is true; fail the test after `timeout_s` seconds."""
     deadline = time.monotonic() + timeout_s
     pause = threading.Event()
