@@ -10,6 +10,7 @@ import os
 import pwd
 import re
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -122,7 +123,20 @@ class Pi:
 @pytest.fixture
 def pi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pi:
     """All is well but for broker and Ollama, of which there are none."""
-    new = Pi(tmp_path)
+    return well(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def open_pi(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pi]:
+    """The same in a folder that every user may enter, as those of pytest are not."""
+    with tempfile.TemporaryDirectory() as directory:
+        Path(directory).chmod(0o755)
+        yield well(Path(directory), monkeypatch)
+
+
+def well(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Pi:
+    """A machine in this folder on which all is well but for broker and Ollama."""
+    new = Pi(directory)
     new.data_dir.mkdir(mode=0o750)
     new.password_file.touch(mode=0o600)
     new.password_file.write_text("secret\n", encoding="utf-8")
@@ -130,7 +144,7 @@ def pi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pi:
     new.write("sys/class/thermal/thermal_zone0/temp", "52000\n")
     new.write("run/systemd/system/x", "")
     (new.root / "proc").symlink_to("/proc")
-    program = new.write("bin/systemctl", SYSTEMCTL.format(told=new.told, unit=new.unit, asked=tmp_path / "asked"))
+    program = new.write("bin/systemctl", SYSTEMCTL.format(told=new.told, unit=new.unit, asked=directory / "asked"))
     program.chmod(0o755)
     new.systemd()
     new.unit.write_text((PROJECT / "systemd/edge-llm.service").read_text(encoding="utf-8"), encoding="utf-8")
@@ -356,24 +370,21 @@ def test_the_command(pi: Pi, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert "nodes" in found["text"]
 
 
-def test_a_data_dir_of_another_user(pi: Pi) -> None:
+def test_a_data_dir_of_another_user(open_pi: Pi) -> None:
     """The service's user counts, not who runs the doctor."""
     if os.geteuid() != 0:
         pytest.skip("only root has a folder that others may not write to, and may look at it as they do")
-    for parent in [pi.data_dir.parent, *pi.data_dir.parent.parents]:
-        if parent.is_relative_to(pi.directory.parent.parent.parent):
-            parent.chmod(0o755)
-    pi.systemd(User="nobody")
-    found = the_one(checks_machine.check_data_dir, pi.machine(), Level.FAIL, "data_dir")
+    open_pi.systemd(User="nobody")
+    found = the_one(checks_machine.check_data_dir, open_pi.machine(), Level.FAIL, "data_dir")
     assert "nobody may not write" in found.text
-    assert found.remedy.startswith(f"sudo chown -R nobody: {pi.data_dir}")
-    os.chown(pi.data_dir, pwd.getpwnam("nobody").pw_uid, -1)
-    (pi.data_dir / "queue.db").touch(mode=0o600)
-    found = the_one(checks_machine.check_data_dir, pi.machine(), Level.FAIL, "data_dir")
+    assert found.remedy.startswith(f"sudo chown -R nobody: {open_pi.data_dir}")
+    os.chown(open_pi.data_dir, pwd.getpwnam("nobody").pw_uid, -1)
+    (open_pi.data_dir / "queue.db").touch(mode=0o600)
+    found = the_one(checks_machine.check_data_dir, open_pi.machine(), Level.FAIL, "data_dir")
     assert "queue.db" in found.text
-    pi.directory.chmod(0o700)
-    found = the_one(checks_machine.check_data_dir, pi.machine(), Level.FAIL, "data_dir")
-    assert f"may not enter {pi.directory}" in found.text
+    open_pi.directory.chmod(0o700)
+    found = the_one(checks_machine.check_data_dir, open_pi.machine(), Level.FAIL, "data_dir")
+    assert f"may not enter {open_pi.directory}" in found.text
 
 
 def test_a_data_dir_that_is_a_file(pi: Pi) -> None:
