@@ -175,7 +175,9 @@ class DaemonProcess:
         return self.data_dir / "llm_metrics.csv"
 
     def rows(self, record: str) -> list[dict[str, str]]:
-        """The rows of one kind in the CSV log."""
+        """The rows of one kind in the CSV log; none while it has not been begun."""
+        if not self.csv_path.exists():
+            return []
         with self.csv_path.open(newline="", encoding="utf-8") as file:
             return [row for row in csv.DictReader(file) if row["record"] == record]
 

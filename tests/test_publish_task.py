@@ -4,6 +4,7 @@ import ast
 import contextlib
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -512,4 +513,4 @@ def test_a_missing_library_is_named(tmp_path: Path) -> None:
     first, environment, again = run.stderr.splitlines()
     assert first == f"publish_task.py: {sys.executable} has no paho-mqtt 2. An environment that has it:"
     assert "-m venv ~/paho && ~/paho/bin/pip install 'paho-mqtt>=2.1'" in environment
-    assert again.split() == ["~/paho/bin/python", str(TOOL), "..."]
+    assert shlex.split(again) == ["~/paho/bin/python", str(TOOL), "..."]

@@ -17,6 +17,7 @@ import os
 import queue
 import re
 import secrets
+import shlex
 import socket
 import ssl
 import sys
@@ -36,7 +37,7 @@ except ImportError:
     print(
         f"publish_task.py: {sys.executable} has no paho-mqtt 2. An environment that has it:\n"
         "  python3 -m venv ~/paho && ~/paho/bin/pip install 'paho-mqtt>=2.1'\n"
-        f"  ~/paho/bin/python {sys.argv[0]} ...",
+        f"  ~/paho/bin/python {shlex.quote(sys.argv[0])} ...",
         file=sys.stderr,
     )
     sys.exit(2)

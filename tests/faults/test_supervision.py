@@ -23,7 +23,7 @@ from tests.waiting import wait_until
 pytestmark = pytest.mark.broker
 
 INJECTED = Path(__file__).parent / "injected"
-MAIN_IN_STORE = re.compile(r'first\):\n  File "(\S+/store\.py)", line (\d+) in \w+\n(?:  File .*\n)*?.* in _watch\n')
+MAIN_IN_STORE = re.compile(r'first\):\n  File "([^"]+/store\.py)", line (\d+) in \w+\n(?:  File .*\n)*?.* in _watch\n')
 """In what the daemon says on SIGUSR2: the line of the store that main is at."""
 THREADS = ["worker", "telemetry", "mqtt-net", "mqtt-intake", "mqtt-publisher", "http"]
 
