@@ -58,13 +58,15 @@ Key = tuple[str, str]
 
 
 class Ledger(MqttClient):
-    """What became of each task, and when its states were first heard."""
+    """What became of each task, and how long the urgent ones beside the flood took."""
 
     def __init__(self, broker: Listening, **options: Any) -> None:
         self.ends: dict[Key, str] = {}
         """The state in which a task has ended, or the code of its refusal."""
         self.results: Counter[Key] = Counter()
-        self.heard_at: dict[tuple[Key, str], float] = {}
+        self.results_aside: dict[str, tuple[float, dict[str, Any]]] = {}
+        """By id, those of the device that is no part of the flood: when heard, and what. Status messages may be dropped
+        in a flood, results never."""
         self.online = threading.Event()
         super().__init__(broker.host, broker.port, **options)
 
@@ -86,7 +88,8 @@ class Ledger(MqttClient):
             return
         data = json.loads(message.payload)
         key = (levels[1], levels[2])
-        self.heard_at.setdefault((key, data["state"]), time.monotonic())
+        if not _is_flood(key) and levels[-1] == "result":
+            self.results_aside[key[1]] = (time.monotonic(), data)
         if levels[-1] == "result":
             self.ends[key] = data["error"]["code"] if data["state"] == "rejected" else data["state"]
             self.results[key] += 1
@@ -96,6 +99,8 @@ class Ledger(MqttClient):
 class Aside:
     """An urgent task of a device that is no part of the flood."""
 
+    state: str
+    """In which it has ended."""
     accepted_s: float
     """From its publication until the daemon had accepted it, behind all that the broker had queued before it."""
     started_s: float
@@ -126,12 +131,14 @@ class Figures:
         """What must not be, in words."""
         accepted, refused = self.ends["succeeded"], self.ends["queue_full"]
         late = [aside.started_s for aside in self.asides if aside.started_s > TASK_S]
+        failed = [aside.state for aside in self.asides if aside.state != "succeeded"]
         checks = [
             (accepted + refused != self.tasks, f"{self.tasks} tasks ended as {dict(self.ends)}"),
             (accepted != self.stored, f"{accepted} tasks succeeded, and {self.stored} are in the store"),
             (self.answered_twice > MAX_TWICE * self.tasks, f"{self.answered_twice} tasks were answered more than once"),
             (not refused, "nothing was refused: it was no flood"),
             (not self.asides, "no urgent task was tried"),
+            (failed, f"{len(failed)} of {len(self.asides)} urgent tasks ended as {failed}"),
             (late, f"{len(late)} of {len(self.asides)} urgent tasks waited longer than a task runs: {late}"),
             (self.rss_factor > MAX_RSS_FACTOR, f"RSS rose to {self.rss_factor:.2f} times idle"),
         ]
@@ -310,8 +317,9 @@ def _asides(device: MqttClient, ledger: Ledger) -> Iterator[list[Aside]]:
             began = time.monotonic()
             key = _ask(device, ledger, str(number), "small")
             wait_until(partial(ledger.ends.get, key), timeout_s=600)
-            queued_at, running_at = (ledger.heard_at[key, state] for state in ("queued", "running"))
-            found.append(Aside(accepted_s=queued_at - began, started_s=running_at - queued_at))
+            ended_at, result = ledger.results_aside[key[1]]
+            accepted_s = ended_at - result.get("total_s", 0.0) - began
+            found.append(Aside(state=result["state"], accepted_s=accepted_s, started_s=result.get("queued_s", 0.0)))
 
     thread = threading.Thread(target=ask, name="asides", daemon=True)
     thread.start()
