@@ -163,6 +163,11 @@ class _Publication:
     proves: tuple[int, ...] = ()
     """Tasks whose PUBACK went out before it: when it is confirmed, they have arrived."""
 
+    @property
+    def is_owed(self) -> bool:
+        """Part of an answer that is in no outbox, whose message is not acknowledged before."""
+        return self.delivery is not None and self.delivery.owed and self.delivery.seq is None
+
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Pending:
@@ -851,6 +856,7 @@ class _Publisher(_Thread):
                     item = mail.get_nowait()
             except Empty:
                 pass
+            self._relieve()
             self._pump()
             self._note_room()
             self._answer_flushes()
@@ -950,6 +956,28 @@ class _Publisher(_Thread):
                 return
             self._send(self.connection, publication)
 
+    def _relieve(self) -> None:
+        """Amid an overrun, let the answers to unacknowledged messages go without the broker's word for them.
+
+        Its confirmations stand in line behind the flood, and to wait for them would keep every answer of it in memory.
+        The broker reads in order, so it has the answer before it sees the message acknowledged. What that costs: at
+        QoS 0, a subscriber that is away misses the answer.
+        """
+        connection = self.connection
+        if connection is None or connection.unacknowledged <= OVERRUN:
+            return
+        for publication in self._in_flight.values():
+            if publication.is_owed:
+                self._settle(publication, "")
+                publication.delivery = None
+        parts, self._parts = self._parts, deque()
+        for publication in parts:
+            if publication.is_owed:
+                publication.qos = 0
+                self._send(connection, publication)
+            else:
+                self._parts.append(publication)
+
     def _next(self) -> _Publication | None:
         if self._alone is not None:
             is_part = self._parts and self._parts[0].delivery is self._delivering[self._alone]
@@ -984,6 +1012,8 @@ class _Publisher(_Thread):
             publication.proves = tuple(self._acknowledged)
             self._acknowledged.clear()
             self._in_flight[mid] = publication
+        elif publication.qos == 0:
+            self._settle(publication, "")
 
     def _confirmed(self, mid: int, refusal: str | None) -> None:
         publication = self._in_flight.pop(mid, None)

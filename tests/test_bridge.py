@@ -992,6 +992,34 @@ def test_after_an_overrun(new_mosquitto: NewMosquitto, house: House) -> None:
     assert house.event_types().count("broker_lost") == 1
 
 
+def test_a_backlog_that_is_refused(new_mosquitto: NewMosquitto, house: House) -> None:
+    """Whatever a broker hands over at once is refused at once: answers do not pile up behind its confirmations."""
+    broker = new_mosquitto(extra="max_queued_messages 0\nmax_inflight_messages 0")
+    with running(house, broker.port, protocol="3.1.1"):
+        pass
+    count = 6 * mqtt_bridge.OVERRUN
+    with watching(broker, f"{N}/reply/#") as client:
+        for number in range(count):
+            client.publish(f"{N}/task/door/{number}", "refuse me")
+        house.open.clear()
+        with running(house, broker.port, protocol="3.1.1", wait=False) as bridge:
+            publisher = next(thread for thread in bridge.threads if isinstance(thread, mqtt_bridge._Publisher))
+            wait_until(lambda: publisher.connection is not None)
+            assert publisher.connection is not None
+            connection = publisher.connection
+            wait_until(lambda: connection.unacknowledged > mqtt_bridge.OVERRUN)
+            house.open.set()
+            longest = 0
+
+            def all_answered() -> bool:
+                nonlocal longest
+                longest = max(longest, len(publisher._parts))
+                return len({m.topic for m in client.messages if m.topic.endswith("/result")}) == count
+
+            wait_until(all_answered)
+    assert longest <= mqtt_bridge.OVERRUN + 2 * mqtt_bridge.GROUP
+
+
 def test_messages_that_are_not_read_are_bounded(broker: Mosquitto, house: House, protocol: str) -> None:
     """While nobody reads, no more than a bounded number of bytes is taken from the broker, also at QoS 0."""
     size = 100_000
