@@ -84,6 +84,8 @@ class Cost:
     size_bytes: int
     run_s: float
     """Mean seconds of one task."""
+    load_is_guess: bool = False
+    """It was never loaded."""
     rate_per_s: float = 0.0
     """How often a task for it arrives, lately (``decayed_rate``)."""
 
@@ -328,18 +330,22 @@ class _Desk:
         self.sizes = {m: cost.size_bytes for m, cost in view.costs.items()} | {
             r.model: r.size_bytes for r in view.resident
         }
-        self.queues: dict[str, list[Head]] = {}
-        for head in view.heads:
-            if not self._expires_in_load(head):
-                self.queues.setdefault(head.model, []).append(head)
-        self.ready = [m for m in self.queues if m in self.resident]
-        self.outside = [m for m in self.queues if m not in self.resident and self._fits(self.pinned | {m})]
+        self._lay_out(head for head in view.heads if not self._expires_in_load(head))
+        if not (self.ready or self.outside):  # what is left is tried all the same: loads can be faster than expected
+            self._lay_out(view.heads)
         self.work_s = {m: sum(h.run_s * h.count for h in heads) for m, heads in self.queues.items()}
         self.limit_s = self._limits()
         self.weight = {m: sum(self._weight(h) for h in heads) for m, heads in self.queues.items()}
         total = sum(cost.rate_per_s for cost in view.costs.values()) or 1.0
         # The load that the next arrival will cost, in the mean, if the model is not resident by then.
         self.reload_s = {m: cost.load_s * cost.rate_per_s / total for m, cost in view.costs.items()}
+
+    def _lay_out(self, heads: Iterable[Head]) -> None:
+        self.queues: dict[str, list[Head]] = {}
+        for head in heads:
+            self.queues.setdefault(head.model, []).append(head)
+        self.ready = [m for m in self.queues if m in self.resident]
+        self.outside = [m for m in self.queues if m not in self.resident and self._fits(self.pinned | {m})]
 
     def lacks_room(self) -> bool:
         """Whether a model that tasks wait for finds no room beside the pinned ones."""
@@ -507,10 +513,14 @@ class _Desk:
         return (tasks + cost.rate_per_s * cost.load_s) * cost.load_s / size_bytes
 
     def _expires_in_load(self, head: Head) -> bool:
-        """Whether it cannot be helped: it would be over before its model is there, and is the only one of its class."""
+        """Whether a load would hardly help: it is the only one of its class, and over before its model is there.
+
+        A guess does not decide that, or a model that loads faster than guessed would never be tried.
+        """
         if head.expires_in_s is None or head.model in self.resident or head.count > 1:
             return False
-        return head.expires_in_s < self.view.costs[head.model].load_s
+        cost = self.view.costs[head.model]
+        return not cost.load_is_guess and head.expires_in_s < cost.load_s
 
     def _fits(self, models: Iterable[str]) -> bool:
         models = frozenset(models)

@@ -464,7 +464,7 @@ class Worker(threading.Thread):
     def _cost(self, model: str, now: float) -> Cost:
         cost = self._pool.cost(model)
         rate = self._estimates.rate_per_s(model, now)
-        return Cost(load_s=cost.load_s, size_bytes=cost.size_bytes, run_s=cost.run_s, rate_per_s=rate)
+        return replace(cost, rate_per_s=rate)
 
     def _head(self, waiting: Waiting, model: str, now: float) -> Head:
         run_s = self._estimates.run_s(

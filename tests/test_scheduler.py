@@ -295,13 +295,22 @@ def test_a_short_time_to_live_makes_a_task_overdue_at_half_of_it() -> None:
     assert chosen(view(replace(plain, expires_in_s=50.0), shorter, resident="a", turn=turn("a", picks=4))).seq == 2
 
 
-def test_nothing_is_loaded_for_a_task_that_expires_meanwhile() -> None:
-    """A load that can help nobody is not begun; one that helps the rest of the class is."""
+def test_a_task_that_expires_while_its_model_loads() -> None:
+    """A load that can hardly help is not begun while there is other work, unless how long it takes is only guessed."""
+    doomed, other = head(1, "b", expires_in_s=9.0), head(2, "a")
+    assert chosen(view(doomed, other, resident="a")).model == "a"
+    assert chosen(view(replace(doomed, priority=Priority.URGENT), other, resident="a")).model == "a"
+    urgent = view(replace(doomed, priority=Priority.URGENT), other, resident="a")
+    guessed = replace(urgent, costs={m: replace(cost, load_is_guess=True) for m, cost in urgent.costs.items()})
+    assert chosen(guessed).model == "b"
+    assert chosen(replace(urgent, heads=(replace(urgent.heads[0], count=2), other))).model == "b"
+    assert chosen(replace(urgent, heads=(replace(urgent.heads[0], expires_in_s=11.0), other))).model == "b"
+
+
+def test_a_task_that_may_expire_is_tried_when_there_is_nothing_else() -> None:
+    """Or one slow load would keep its model from being tried again."""
     doomed = head(1, "b", expires_in_s=9.0)
-    assert choose(view(doomed, resident="a")) is None
-    assert chosen(view(replace(doomed, count=2), resident="a")).model == "b"
-    assert chosen(view(replace(doomed, expires_in_s=11.0), resident="a")).model == "b"
-    assert chosen(view(replace(doomed, model="a"), resident="a")).model == "a"
+    assert chosen(view(doomed, resident="a")).model == "b"
 
 
 def test_a_lack_of_room_is_one_of_memory_not_of_time() -> None:
@@ -456,15 +465,14 @@ def random_view(rng: random.Random) -> View:
 
 
 def may_run(task: Head, of: View) -> bool:
-    """Whether anything could be done for it: it is resident, or fits beside the pinned models and in time."""
+    """Whether anything could be done for it: it is resident, or fits beside the pinned models."""
     if any(r.model == task.model for r in of.resident):
         return True
     pinned = [r for r in of.resident if r.pinned]
     room = of.budget_bytes - sum(r.size_bytes for r in pinned)
     if of.max_resident is not None and len(pinned) >= of.max_resident:
         return False
-    in_time = task.expires_in_s is None or task.count > 1 or task.expires_in_s >= of.costs[task.model].load_s
-    return of.costs[task.model].size_bytes <= room and in_time
+    return of.costs[task.model].size_bytes <= room
 
 
 def test_promises_on_random_queues() -> None:
