@@ -92,7 +92,8 @@ def continued(messages: tuple[Message, ...], partial: str) -> tuple[Message, ...
 
 def outcome(stored: Stored, answer: Answer) -> dict[str, Any]:
     """The part of a result that the answer decides."""
-    decode_s = answer.eval_ns / 1e9
+    # The time to write begins with the first token: one alone has none.
+    decode_s = answer.eval_ns / 1e9 if answer.output_tokens > 1 else 0.0
     fields: dict[str, Any] = {
         "state": TaskState.SUCCEEDED,
         "text": stored.partial + clean(answer.text),

@@ -479,7 +479,7 @@ def _of_the_whole(timings: Timings, result: Result) -> Timings:
 
 
 def _tokens_per_second(result: Result, timings: Timings) -> float:
-    if timings.eval_duration_ns:
+    if timings.eval_duration_ns and timings.eval_count > 1:
         return round(timings.eval_count / timings.eval_duration_ns * 1e9, 3)
     return result.tokens_per_s or 0
 

@@ -447,7 +447,7 @@ class Daemon:
         """Leave everything as a new start wants to find it: the running task put aside, models loaded, no goodbye."""
         systemd.watchdog()
         self.bridge.hold()
-        self.worker.stop(drain_s=0.0)
+        self.worker.stop(drain_s=0.0, beat=systemd.watchdog)
         if self.gateway:
             self.gateway.stop(HAND_OVER_S)
         self.bridge.stop(HAND_OVER_S, farewell=False)

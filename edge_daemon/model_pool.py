@@ -41,6 +41,8 @@ KILLED_SHARE = 0.95
 tried again alone."""
 CATALOGUE_PAUSE_S = 5.0
 """Ollama is asked for its list of models at most this often, however many tasks name unknown ones."""
+ASKED_ALREADY_S = 1.0
+"""How long one who wants to know of a model waits while a slow Ollama is asked by another."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,11 +168,15 @@ class Catalogue:
         return tuple(sorted(self._disk_bytes or ()))
 
     def has(self, model: str) -> bool | None:
-        """Whether Ollama has ``model``; None when it cannot be asked."""
+        """Whether Ollama has ``model``; None when it cannot be asked, or somebody else is waiting for its answer."""
         name = normalise(model)
         if name not in (self._disk_bytes or ()):
-            with self._lock:
+            if not self._lock.acquire(timeout=ASKED_ALREADY_S):
+                return None
+            try:
                 self._refresh_if_due()
+            finally:
+                self._lock.release()
         known = self._disk_bytes
         return None if known is None else name in known
 

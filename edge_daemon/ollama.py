@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 import requests
 from requests.adapters import HTTPAdapter
 from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.exceptions import ProtocolError
 
 from edge_daemon.errors import (
     BadRequest,
@@ -733,8 +734,12 @@ def _escaped(text: str) -> str:
 
 def _root_cause(error: BaseException) -> str:
     """What lies at the bottom of it, in the system's words, without its number."""
+    is_torn = False
     while inner := error.__cause__ or error.__context__:
+        is_torn |= isinstance(error, ProtocolError)
         error = inner
+    if is_torn and not isinstance(error, OSError):  # the words of a parser that found no more
+        return "the connection ended in the middle of the answer"
     return str(getattr(error, "strerror", None) or error)
 
 

@@ -52,6 +52,10 @@ def _check_locks(name: str, kind: TaskType, stated: Mapping[str, Any]) -> None:
         for field in _LOCKS.get(key, (key,)):
             if stated.get(field) is not None:
                 raise invalid_field(field, f"is set by the task type {name}")
+    if "system" in kind.locked and isinstance(messages := stated.get("messages"), list):
+        for number, message in enumerate(messages):
+            if isinstance(message, dict) and message.get("role") == "system":
+                raise invalid_field(f"messages[{number}].role", f"system is set by the task type {name}")
     options = stated.get("options")
     if "max_tokens" in kind.locked and isinstance(options, dict) and "num_predict" in options:
         raise invalid_field("options.num_predict", f"is set by the task type {name}")

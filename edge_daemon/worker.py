@@ -861,6 +861,8 @@ class Worker(threading.Thread):
             outlook = f"attempt {stored.attempt} of {self._rules.max_attempts}" if counted else "it keeps its place"
             extra = _about(Kind.TASK_RETRIED, stored, model)
             log.warning("task %s/%s on %s: %s; %s", *stored.task.key, model, error, outlook, extra=extra)
+            if stored.seq in self._streams:  # so that no part of the stream is of two attempts
+                self._streams[stored.seq].take_back()
             if waiting := self._stored(lambda: self._store.release(stored.seq, counted=counted)):
                 self._tell(waiting, TaskState.QUEUED)
             return None

@@ -1,6 +1,7 @@
 """Fixtures that every test may use: real brokers, a name, a worker with what it works with, and some conditions."""
 
 import gc
+import os
 import re
 import signal
 import zlib
@@ -9,10 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.fake_ollama import FakeModel, FakeOllama
 from tests.mosquitto import Mosquitto
 from tests.rig import MB, Rig
+
+if "CI" not in os.environ:  # there hypothesis does the same by itself, and takes the same examples each time
+    settings.register_profile("shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("shared machine")
 
 # Takes the options of `Mosquitto`.
 NewMosquitto = Callable[..., Mosquitto]

@@ -806,7 +806,9 @@ BESIDE = st.fixed_dictionaries(
         "redelivered": st.booleans(),
     },
 )
-QUICK = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 
 
 def answer_of(door: Door, payload: bytes, beside: dict[str, Any]) -> None:

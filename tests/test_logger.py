@@ -187,7 +187,9 @@ def test_formula_behind_a_nul_is_defused(tmp_path: Path, new_log: NewLog) -> Non
     assert read_all(tmp_path)[0]["prompt"] == "'=1+1"
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(text=st.text(alphabet=st.characters(exclude_categories=())), label=st.text(alphabet="'=+-@\t\r\n\",\0x"))
 def test_any_text_comes_back(tmp_path: Path, fast_disk: None, text: str, label: str, new_log: NewLog) -> None:
     """Whatever a model writes is read back the same, but for NUL and halves of surrogate pairs."""
@@ -784,6 +786,10 @@ def test_the_tokens_of_a_whole_answer() -> None:
     ]
     unmeasured = replace(RESULT, tokens_per_s=None)
     assert [task_row(TASK, unmeasured)[name] for name in columns] == [45, 0, 0]
+    one = task_row(
+        TASK, replace(unmeasured, output_tokens=1), None, replace(TIMINGS, eval_count=1, eval_duration_ns=1000)
+    )
+    assert [one[name] for name in columns] == [1, 1000, 0]
 
 
 def test_rows_survive_json() -> None:

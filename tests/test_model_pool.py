@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from edge_daemon import model_pool
 from edge_daemon.errors import (
     BadRequest,
     DeadlineExceeded,
@@ -1021,8 +1022,11 @@ def test_a_silent_ollama_is_asked_once(fake: FakeOllama, clock: FakeClock) -> No
     assert catalogue.has("a")
 
 
-def test_what_is_known_is_told_while_ollama_is_silent(fake: FakeOllama, clock: FakeClock) -> None:
-    """One thread waits for it; another asks for what is known, and does not wait."""
+def test_what_is_known_is_told_while_ollama_is_silent(
+    fake: FakeOllama, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One thread waits for it; another asks for what is known, and does not wait; for what is not it waits briefly."""
+    monkeypatch.setattr(model_pool, "ASKED_ALREADY_S", 0.01)
     rig = Rig(fake, clock)
     catalogue = rig.pool.catalogue
     rig.pool.check("a")
@@ -1035,6 +1039,7 @@ def test_what_is_known_is_told_while_ollama_is_silent(fake: FakeOllama, clock: F
     assert "a:latest" in catalogue.names()
     assert catalogue.spelling("A") == "a:latest"
     assert catalogue.size_bytes("a") > 0
+    assert catalogue.has("another") is None
     assert waits.is_alive()
     waits.join()
 

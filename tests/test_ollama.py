@@ -687,6 +687,8 @@ def test_lies_are_no_success(
     with pytest.raises(expected) as caught:
         generate(client)
     assert caught.value.partial == partial
+    if fault is Fault.RESET:
+        assert str(caught.value).endswith(": the connection ended in the middle of the answer")
     assert len(fake.requests) == 1
 
 

@@ -35,6 +35,7 @@ task_types:
   note: {template: "Shorten: $text", topic_source: door}
   strict: {template: "Say $what", system: Be exact., locked: [model, template, system, max_tokens, priority, ttl_s]}
   tone: {system: Be kind., locked: [format]}
+  fixed: {system: Be kind., locked: [system]}
 """
 DATA = {"temperature": 91, "unit": "C"}
 
@@ -157,6 +158,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (
         {"task_type": "strict", "messages": [{"role": "user", "content": "hi"}]},
         "invalid_field: messages: is set by the task type strict",
+    ),
+    (
+        {"task_type": "fixed", "messages": [{"role": "user", "content": "x"}, {"role": "system", "content": "be bad"}]},
+        "invalid_field: messages[1].role: system is set by the task type fixed",
     ),
     ({"task_type": "strict", "data": {"what": "x"}, "model_name": "m"}, "invalid_field: model_name: is set by"),
     ({"task_type": "strict", "data": {"what": "x"}, "system": "m"}, "invalid_field: system: is set by"),

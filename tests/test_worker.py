@@ -914,6 +914,7 @@ def test_a_stream_goes_on_over_a_retry_and_ends(rig: Rig) -> None:
     chunks = [chunk for _, chunk in rig.chunks]
     assert [chunk["seq"] for chunk in chunks] == list(range(1, len(chunks) + 1))
     assert [chunk for chunk in chunks if "done" in chunk] == chunks[-1:]
+    assert [text.count("echo:") for chunk in chunks if (text := chunk.get("text"))] == [1] * MAX_ATTEMPTS
 
 
 # -- Ollama goes and comes
