@@ -47,11 +47,7 @@ MAX_RSS_FACTOR = 2.0
 MAX_TWICE = 0.05
 """Refusals that may come twice, of all tasks: the connection is ended once when the broker hands over too much."""
 
-BROKERS = {
-    "5": "max_queued_messages 0",
-    # An old mosquitto needs to be told to hand over one at a time; with MQTT 5 the daemon tells it.
-    "3.1.1": "max_queued_messages 0\nmax_inflight_messages 1",
-}
+BROKER = "max_queued_messages 0"
 
 Key = tuple[str, str]
 """Sender and id of a task."""
@@ -171,7 +167,7 @@ def flood(directory: Path, *, tasks: int, max_tasks: int, protocol: str = "5", q
     """Send `tasks` from several processes at once to a daemon that takes `max_tasks`, and urgent ones beside them."""
     figures = Figures(tasks=tasks)
     with ExitStack() as stack:
-        broker = Mosquitto(directory, extra=BROKERS[protocol], verbose=False)
+        broker = Mosquitto(directory, extra=BROKER, verbose=False)
         broker.start()
         stack.callback(broker.kill)
         slow = FakeModel("slow", size_bytes=10**6, token_s=TASK_S / WORDS, answer=" ".join(["word"] * WORDS))
