@@ -8,6 +8,7 @@ import random
 import resource
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -112,11 +113,13 @@ def test_a_task_that_expires_on_a_full_disk(tmp_path: Path, small_disk: Path) ->
         fake.stop()
         bench.recorder.publish(TASK, {"prompt": "x", "ttl_s": 2, "meta": {"filler": "z" * 3_500}})
         wait_until(lambda: KEY in bench.recorder.open())
+        expired_at = time.monotonic() + 2
         fill(small_disk / "ballast")
         wait_until(lambda: "no task can be begun" in bench.daemon.log())
         bench.recorder.publish(f"{N}/cancel/dev/t", {})
         bench.traffic.send(5, form="topic", meta={"filler": "z" * 3_500})
         wait_until(lambda: "storage_full" in refusals(bench))
+        wait_until(lambda: time.monotonic() > expired_at)
         assert bench.daemon.stop() == 0
         assert bench.recorder.end(KEY) is None
         (small_disk / "ballast").unlink()
