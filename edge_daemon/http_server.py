@@ -6,6 +6,7 @@ One thread, ``http``, owns the sockets; each request is served in one of a fixed
 import logging
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 from waitress import create_server, wasyncore
@@ -64,7 +65,8 @@ class HttpServer(threading.Thread):
         """Answer what is under way, then close everything."""
         self._stopping.set()
         if self._server is not None:
-            self._server.pull_trigger()
+            with suppress(OSError):  # it has seen that it is to stop, and ended
+                self._server.pull_trigger()
         if self.is_alive():
             self.join(timeout_s)
         self._socket.close()
